@@ -1,0 +1,1 @@
+"""Starting jobs on one machine or many."""

@@ -1,0 +1,1 @@
+"""What is split where: gradient buffers, sharded optimizer state, schedules of microbatches."""

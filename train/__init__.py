@@ -1,0 +1,1 @@
+"""The training job: configuration, stages, the loop, checkpoints, metrics, evaluation, reports."""
