@@ -1,0 +1,24 @@
+"""Hydra's view of `RunConfig`: registered once, so a wrong key or type fails with its path."""
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train.config import RunConfig
+from train.errors import RunError
+
+
+def register() -> None:
+    """Make `RunConfig` the schema that `configs/config.yaml` starts from."""
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+def to_run_config(composed: DictConfig) -> RunConfig:
+    """Turn a composed configuration into typed sections; RunError names a value that is missing or mistyped."""
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise RunError(f"configuration: {error}") from error
+    if not isinstance(config, RunConfig):
+        raise RunError("configuration: the composed root is not a run; start configs/config.yaml from run_schema")
+    return config
