@@ -1,0 +1,48 @@
+"""May this configuration go on from that checkpoint? Only if what fixes the tensors and the data is unchanged."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from train.config import RunConfig
+from train.errors import RunError
+
+
+def fingerprint(config: RunConfig, *, stage: str, data: str) -> dict[str, Any]:
+    """Return what must stay the same while a run goes on: flat config paths with their values.
+
+    `data` identifies the corpus and the order of its samples. Batch sizes, learning rates, token
+    budgets, recomputation, precision and logging may change between two starts of a run.
+    """
+    current = config.stages[stage]
+    kept = {
+        "seed": config.seed,
+        "model": asdict(config.model),
+        "data": data,
+        f"stages.{stage}.seq_len": current.seq_len,
+        f"stages.{stage}.source_weights": current.source_weights,
+    }
+    return dict(_flatten(kept, ""))
+
+
+def check_resumable(*, saved: dict[str, Any], now: dict[str, Any], run_dir: str) -> None:
+    """Raise RunError naming every difference between the two fingerprints."""
+    changed = [
+        f"  {path}: the run has {saved.get(path)!r}, the configuration now says {now.get(path)!r}"
+        for path in sorted(saved.keys() | now.keys())
+        if saved.get(path) != now.get(path)
+    ]
+    if changed:
+        raise RunError(
+            f"{run_dir} cannot be resumed, its model or data have changed:\n"
+            + "\n".join(changed)
+            + f"\nrestore the old values, or start another run with name=…; init_from={run_dir} keeps the weights"
+        )
+
+
+def _flatten(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value

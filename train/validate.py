@@ -1,0 +1,89 @@
+"""Refuse a bad configuration before anything starts: every problem at once, each with its path."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+from train.config import RunConfig, StageConfig
+from train.errors import RunError
+
+
+def check(config: RunConfig) -> None:
+    """Raise one RunError that lists every broken rule of `config` as `path.field=value rule; remedy`."""
+    found = problems(config)
+    if found:
+        noun = "problem" if len(found) == 1 else "problems"
+        raise RunError(f"{len(found)} {noun} in the configuration:\n" + "\n".join(f"  {line}" for line in found))
+
+
+def problems(config: RunConfig) -> list[str]:
+    """Return every broken rule: each section's own, then the rules between sections."""
+    return [*_section_problems(config, ""), *_run_problems(config)]
+
+
+def _section_problems(section: object, path: str) -> Iterator[str]:
+    own = getattr(section, "problems", None)
+    if own is not None:
+        yield from (f"{path}{line}" for line in own())
+    for name, value in _children(section):
+        yield from _section_problems(value, f"{path}{name}.")
+
+
+def _children(section: object) -> Iterator[tuple[str, object]]:
+    if isinstance(section, dict):
+        yield from section.items()
+    elif is_dataclass(section):
+        for each in fields(section):
+            value = getattr(section, each.name)
+            if isinstance(value, dict) or is_dataclass(value):
+                yield each.name, value
+
+
+def _run_problems(config: RunConfig) -> Iterator[str]:
+    if not config.stages:
+        yield "stages is empty; give at least one stage, or choose a recipe such as recipe=smoke"
+    if not config.data.sources:
+        yield "data.sources is empty; name prepared shards as +data.sources.NAME.path=FOLDER"
+    if config.device not in ("auto", "cpu", "cuda"):
+        yield f"device={config.device} is unknown; use auto, cpu or cuda"
+    if not config.name or "/" in config.name:
+        yield f"name={config.name!r} must be one folder name; set root= for another place"
+    for name, stage in config.stages.items():
+        yield from (f"stages.{name}.{line}" for line in _stage_problems(config, stage))
+
+
+def _stage_problems(config: RunConfig, stage: StageConfig) -> Iterator[str]:
+    microbatch = (stage.parallel or config.parallel).microbatch_size
+    batch = stage.batch
+    for name in ("start", "end"):
+        size = getattr(batch, name)
+        if microbatch > 0 and size % microbatch:
+            yield (
+                f"batch.{name}={size} must be a multiple of parallel.microbatch_size={microbatch}; "
+                f"use {max(1, size // microbatch) * microbatch} or {-(-size // microbatch) * microbatch}"
+            )
+    if batch.start != batch.end and microbatch > 0 and batch.multiple_of % microbatch:
+        yield (
+            f"batch.multiple_of={batch.multiple_of} must be a multiple of parallel.microbatch_size={microbatch}, "
+            f"so that every size on the ramp is; use {-(-batch.multiple_of // microbatch) * microbatch}"
+        )
+    for source in stage.source_weights:
+        if source not in config.data.sources:
+            known = ", ".join(config.data.sources) or "none"
+            yield f"source_weights.{source} names no source of data.sources; known: {known}"
+    if stage.source_weights and not any(weight > 0 for weight in stage.source_weights.values()):
+        yield "source_weights has no positive weight; give at least one source a weight above 0"
+    yield from _lr_problems(stage)
+
+
+def _lr_problems(stage: StageConfig) -> Iterator[str]:
+    previous = 0
+    for i, piece in enumerate(stage.lr.pieces):
+        last = i == len(stage.lr.pieces) - 1
+        end = piece.until_tokens
+        if piece.until_fraction is not None:
+            end = round(piece.until_fraction * stage.num_tokens)
+        if end is None and not last:
+            yield f"lr.pieces[{i}] has no end, but a piece follows it; set until_tokens or until_fraction"
+        if end is not None and end <= previous:
+            yield f"lr.pieces[{i}] ends at {end} tokens, not after {previous}, where the piece before it ends"
+        previous = end or previous
