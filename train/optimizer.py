@@ -1,0 +1,118 @@
+"""AdamW (arXiv 1711.05101) on the flat FP32 masters of a `Zero1` engine, with FP32 or BF16 moments.
+
+DeepSeek-V3 keeps masters and gradients in FP32 and both moments in BF16 (arXiv 2412.19437, section
+3.3.3). The arithmetic is FP32 either way: the update walks each bucket in chunks, widens a chunk of the
+moments, lets torch's fused AdamW update it, rounds it back and writes the new parameters in the compute
+type, so temporaries are two chunks whatever the model's size and every tensor is read once.
+"""
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from parallel.zero1 import Bucket, ParameterRule, Zero1
+from train.config import Moments, OptimizerConfig
+
+_CHUNK = 1 << 20
+"""Elements updated together: 4 MiB per FP32 temporary, small beside a model, large beside a kernel launch."""
+
+
+def parameter_rule(config: OptimizerConfig) -> Callable[[str, nn.Parameter], ParameterRule]:
+    """Return the rule of a parameter by name and shape.
+
+    Weight decay applies to matrices (two dimensions or more), not to norms and biases. The factor on the
+    learning rate is that of the first pattern of `lr_multipliers` that matches the name, else 1.
+    """
+
+    def rule(name: str, parameter: nn.Parameter) -> ParameterRule:
+        factors = (factor for glob, factor in config.lr_multipliers.items() if fnmatchcase(name, glob))
+        return ParameterRule(decay=parameter.dim() >= 2, lr_multiplier=next(factors, 1.0))
+
+    return rule
+
+
+@torch.no_grad()
+def clip_grad_norm(engine: Zero1, *, max_norm: float, loss_scale: float = 1.0) -> Tensor:
+    """Divide the gradients by `loss_scale` and clip them to `max_norm`; return the norm before clipping.
+
+    Equal to `torch.nn.utils.clip_grad_norm_` on the unscaled gradients, in one pass over them. The result
+    is an FP32 scalar; where it is not finite the gradients are worthless and the step must be skipped.
+    """
+    norm = engine.grad_norm() / loss_scale
+    clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    engine.scale_grad(clip / loss_scale)
+    return norm
+
+
+class AdamW:
+    """The optimizer: one pair of flat moments per bucket of the engine.
+
+    `num_updates` counts the steps taken, for the bias correction; who restores the state sets it.
+    """
+
+    num_updates: int
+
+    def __init__(self, engine: Zero1, config: OptimizerConfig) -> None:
+        dtype = torch.bfloat16 if config.moments is Moments.BF16 else torch.float32
+        self.num_updates = 0
+        self._engine = engine
+        self._config = config
+        self._exp_avg = [torch.zeros_like(bucket.master, dtype=dtype) for bucket in engine.buckets]
+        self._exp_avg_sq = [torch.zeros_like(bucket.master, dtype=dtype) for bucket in engine.buckets]
+
+    @torch.no_grad()
+    def step(self, *, lr: float) -> None:
+        """Update the masters from the buckets' gradients and publish them to the model.
+
+        Args:
+            lr: this step's learning rate; each bucket multiplies it by its rule's factor.
+        """
+        self.num_updates += 1
+        for bucket, exp_avg, exp_avg_sq in zip(
+            self._engine.buckets, self._exp_avg, self._exp_avg_sq, strict=True
+        ):
+            count = torch.tensor(float(self.num_updates), device=bucket.master.device)
+            for start in range(0, bucket.master.numel(), _CHUNK):
+                chunk = slice(start, start + _CHUNK)
+                self._update(bucket, chunk, exp_avg[chunk], exp_avg_sq[chunk], count, lr)
+                bucket.publish(chunk.start, chunk.stop)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return masters and moments by checkpoint name, as views: loading into them restores the state.
+
+        After loading, call `Zero1.publish` and set `num_updates`.
+        """
+        engine = self._engine
+        masters = engine.named_views([bucket.master for bucket in engine.buckets])
+        exp_avg = engine.named_views(self._exp_avg)
+        exp_avg_sq = engine.named_views(self._exp_avg_sq)
+        return (
+            {f"model.{name}": view for name, view in masters.items()}
+            | {f"optim.{name}.exp_avg": view for name, view in exp_avg.items()}
+            | {f"optim.{name}.exp_avg_sq": view for name, view in exp_avg_sq.items()}
+        )
+
+    def _update(
+        self, bucket: Bucket, chunk: slice, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, lr: float
+    ) -> None:
+        wide_avg, wide_avg_sq = exp_avg.float(), exp_avg_sq.float()  # the moments themselves if FP32
+        torch._fused_adamw_(
+            [bucket.master[chunk]],
+            [bucket.grad[chunk]],
+            [wide_avg],
+            [wide_avg_sq],
+            [],
+            [count],
+            lr=lr * bucket.rule.lr_multiplier,
+            beta1=self._config.beta1,
+            beta2=self._config.beta2,
+            weight_decay=self._config.weight_decay if bucket.rule.decay else 0.0,
+            eps=self._config.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        if wide_avg is not exp_avg:
+            exp_avg.copy_(wide_avg)
+            exp_avg_sq.copy_(wide_avg_sq)
