@@ -12,12 +12,16 @@ from enum import StrEnum
 class Recompute(StrEnum):
     """Which activations are thrown away in the forward pass and computed again in the backward pass."""
 
+    none = "none"
     NONE = "none"
     """Keep everything."""
+    deepseek = "deepseek"
     DEEPSEEK = "deepseek"
     """RMSNorm outputs, MLA up-projections and SwiGLU outputs: what the report recomputes (section 3.2.3)."""
+    core = "core"
     CORE = "core"
     """DEEPSEEK plus the attention core itself."""
+    full = "full"
     FULL = "full"
     """Keep only the input of each block."""
 
@@ -25,8 +29,11 @@ class Recompute(StrEnum):
 class Compute(StrEnum):
     """The floating-point type of GEMM inputs and activations."""
 
+    bf16 = "bf16"
     BF16 = "bf16"
+    fp32 = "fp32"
     FP32 = "fp32"
+    fp16 = "fp16"
     FP16 = "fp16"
 
 

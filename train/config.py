@@ -16,8 +16,11 @@ from parallel.config import ParallelConfig
 class Curve(StrEnum):
     """Shape of one piece of the learning-rate schedule."""
 
+    constant = "constant"
     CONSTANT = "constant"  # jump to `to` and stay there
+    linear = "linear"
     LINEAR = "linear"
+    cosine = "cosine"
     COSINE = "cosine"
 
 
@@ -106,7 +109,9 @@ class StepsConfig:
 class CarryOver(StrEnum):
     """What a stage does with the optimizer state of the stage before it."""
 
+    keep = "keep"
     KEEP = "keep"
+    reset = "reset"
     RESET = "reset"
 
 
@@ -144,7 +149,9 @@ class StageConfig:
 class Moments(StrEnum):
     """The type in which AdamW keeps its two moments; its arithmetic is FP32 either way."""
 
+    bf16 = "bf16"
     BF16 = "bf16"
+    fp32 = "fp32"
     FP32 = "fp32"
 
 
@@ -209,9 +216,13 @@ class CheckpointConfig:
 class WandbMode(StrEnum):
     """Where Weights & Biases writes."""
 
+    auto = "auto"
     AUTO = "auto"  # online when logged in, else offline
+    online = "online"
     ONLINE = "online"
+    offline = "offline"
     OFFLINE = "offline"
+    disabled = "disabled"
     DISABLED = "disabled"
 
 
