@@ -1,4 +1,4 @@
-"""The closed forms against DeepSeek-V3's published figures, real models and a brute-force count of products."""
+"""The closed forms against DeepSeek-V3's published figures and against models built for real."""
 
 import subprocess
 import sys
