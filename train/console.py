@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from train.config import StageConfig
+from train.run_data import needle_score
 
 
 class ConsoleSink:
@@ -55,9 +56,8 @@ class ConsoleSink:
         parts = []
         if held_out := result.get("held_out"):
             parts.append(f"held-out loss {held_out['loss']:.3f} (unigram {held_out['unigram']:.3f})")
-        if needle := result.get("needle"):
-            scores = [score for row in needle["grid"] for score in row]
-            parts.append(f"needle score {sum(scores) / len(scores):.2f}")
+        if (score := needle_score(result)) is not None:
+            parts.append(f"needle score {score:.2f}")
         self.message(
             f"evaluated {result['when']} {result['stage']}: " + (", ".join(parts) or "nothing to measure")
         )
@@ -148,14 +148,12 @@ class _Speed:
 
 def quantity(value: float) -> str:
     """Return a count in at most four digits and a unit: 950, 12.3K, 4.19M, 14.8T."""
-    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= factor:
-            return (
-                f"{value / factor:.3g}{unit}"
-                if abs(value) < 999.5 * factor
-                else f"{value / factor:.0f}{unit}"
-            )
-    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
+    for factor, unit in ((1, ""), (1e3, "K"), (1e6, "M"), (1e9, "B")):
+        # Round first: 999,700 is 1M, not 1000K.
+        rounded = float(f"{value / factor:.3g}")
+        if abs(rounded) < 1000:
+            return f"{rounded:g}{unit}"
+    return f"{value / 1e12:,.3g}T" if abs(value) < 1e15 else f"{value / 1e12:,.0f}T"
 
 
 def duration(seconds: float) -> str:

@@ -39,8 +39,8 @@ class StepResult:
     grad_norm: float  # before clipping
     skipped: bool  # loss or gradient was not finite, so nothing was updated
     loss_scale: float | None  # FP16 only
-    load_LE: Tensor  # noqa: N815  int64 on the CPU: tokens each expert received
-    bias_LE: Tensor  # noqa: N815  FP32 on the CPU: router biases after the update
+    load_LE: Tensor  # int64 on the CPU: tokens each expert received
+    bias_LE: Tensor  # FP32 on the CPU: router biases after the update
     seconds: float
 
 

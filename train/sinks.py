@@ -122,8 +122,8 @@ def open_sinks(
     mode = resolve_mode(config.logging.wandb, environ)
     if mode is WandbMode.ONLINE and not logged_in(environ):
         raise RunError(
-            "logging.wandb=online needs a W&B login and there is none; run `wandb login`, or set WANDB_API_KEY, "
-            "or choose logging.wandb=offline"
+            "logging.wandb=online needs a W&B login and there is none; run `wandb login`, or set "
+            "WANDB_API_KEY, or choose logging.wandb=offline"
         )
     screen = ConsoleSink(
         console or Console(),

@@ -16,6 +16,7 @@ from wandb.errors import Error as WandbError
 
 from train.config import RunConfig, WandbMode
 from train.errors import RunError
+from train.run_data import needle_score
 
 MAX_BINS = 512
 """wandb refuses histograms of more bins than this."""
@@ -99,9 +100,8 @@ def evaluation_scalars(result: Mapping[str, Any]) -> dict[str, float]:
         values[f"{prefix}/below_unigram"] = held_out["unigram"] - held_out["loss"]
     for part in result.get("by_position") or []:
         values[f"{prefix}/loss_by_position/{part['from']}-{part['to']}"] = part["loss"]
-    if needle := result.get("needle"):
-        scores = [score for row in needle["grid"] for score in row]
-        values[f"{prefix}/needle_score"] = sum(scores) / len(scores)
+    if (score := needle_score(result)) is not None:
+        values[f"{prefix}/needle_score"] = score
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -1,0 +1,168 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train import wandb_reader
+from tests.train.fake_run import STAGES, fake_config, fake_evaluation
+from tests.train.test_sinks import record
+from train.config import WandbMode
+from train.errors import RunError
+from train.wandb_login import logged_in, resolve_mode
+
+LOAD = list(range(32))
+
+# In a process of its own: wandb starts a service and threads that outlive the run.
+RUN = """
+import os, socket, sys
+from pathlib import Path
+
+real_connect = socket.socket.connect
+def connect(self, address):
+    assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost"), address
+    return real_connect(self, address)
+socket.socket.connect = connect
+
+from tests.train.fake_run import STAGES, fake_config, fake_evaluation
+from tests.train.test_sinks import record
+from tests.train.test_wandb_sink import LOAD
+from train.config import WandbMode
+from train.sinks import open_sinks
+
+run_dir, first, last, resume_step = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+config = fake_config()
+config.logging.wandb = WandbMode.AUTO
+with open_sinks(config, run_dir, resume_step=resume_step, total_tokens=10**6) as sinks:
+    for step in range(first, last + 1):
+        extra = {"load": {"layers.1": LOAD}} if step == 2 else {}
+        sinks.write(record(step, loss=float("nan") if step == 3 else 5.0, skipped=step == 3, **extra))
+    sinks.evaluation(fake_evaluation(STAGES[0], index=0, when="after", step=last, tokens=1))
+"""
+
+
+def run_offline(run_dir: Path, *, first: int, last: int, resume_step: int) -> str:
+    environ = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(run_dir / "home"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": ".",
+    }
+    arguments = [sys.executable, "-c", RUN, str(run_dir), str(first), str(last), str(resume_step)]
+    return subprocess.run(arguments, env=environ, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("run")
+    output = run_offline(run_dir, first=1, last=4, resume_step=0)
+    assert f"W&B: {run_dir / 'wandb'}" in output.replace("\n", "")
+    run_offline(run_dir, first=4, last=6, resume_step=3)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def files(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+
+
+def test_a_resumed_run_keeps_its_id(run_dir: Path, files: list[Path]):
+    stored = (run_dir / "wandb" / "run_id").read_text().strip()
+    assert [path.name for path in files] == [f"run-{stored}.wandb"] * 2
+
+
+def test_every_step_is_there_with_grouped_names(files: list[Path]):
+    rows = wandb_reader.history(files[0])
+    assert [row["_step"] for row in rows] == [1, 2, 3, 4]
+    row = rows[0]
+    assert row["train/loss"] == 5.0
+    assert row["train/mtp_loss/1"] == 5.5
+    assert row["schedule/lr"] == 2.2e-4
+    assert row["train/tokens"] == 4096
+    assert row["router/max_vio/layers.1"] == 0.1
+    assert {
+        f"router/{name}/layers.1" for name in ("load_entropy", "bias_range", "dead_experts")
+    } <= row.keys()
+    assert row["timing/tokens_per_second"] == 8192.0
+    assert "timing/mfu" not in row
+    assert math.isnan(rows[2]["train/loss"])
+    assert rows[2]["train/skipped"] == 1
+    assert [row["_step"] for row in wandb_reader.history(files[1])] == [4, 5, 6]
+
+
+def test_loads_are_histograms_over_the_experts(files: list[Path]):
+    rows = wandb_reader.history(files[0])
+    assert [
+        row["_step"] for row in rows if "router/load/layers.1._type" in row or "router/load/layers.1" in row
+    ] == [2]
+    value = rows[1].get("router/load/layers.1") or {
+        key: rows[1][f"router/load/layers.1.{key}"] for key in ("values", "bins")
+    }
+    assert value["values"] == LOAD
+    assert value["bins"] == list(range(33))
+
+
+def test_evaluations_join_the_row_of_their_step(files: list[Path]):
+    row = wandb_reader.history(files[1])[-1]
+    expected = fake_evaluation(STAGES[0], index=0, when="after", step=6, tokens=1)
+    assert row["train/loss"] == 5.0
+    assert row["evaluation/pretrain/held_out_loss"] == expected["held_out"]["loss"]
+    assert row["evaluation/pretrain/needle_score"] == pytest.approx(0.38, abs=0.2)
+    assert row["evaluation/pretrain/loss_by_position/0-16"] == expected["by_position"][0]["loss"]
+
+
+def test_the_whole_configuration_is_stored(files: list[Path]):
+    stored = wandb_reader.config(files[0])
+    assert stored["model"]["moe"]["num_experts"] == 32
+    assert stored["stages"]["extend_32k"]["yarn"]["factor"] == 40
+    json.dumps(stored)
+
+
+def test_more_experts_than_bins_are_merged_without_losing_a_token():
+    from train.wandb_sink import MAX_BINS, load_histogram
+
+    histogram = load_histogram([3] * 1000)
+    assert len(histogram.histogram) == MAX_BINS
+    assert sum(histogram.histogram) == 3000
+
+
+def test_an_unreachable_server_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from train import wandb_sink
+
+    def fail(**_: object) -> None:
+        raise wandb_sink.WandbError("connection refused")
+
+    monkeypatch.setattr(wandb_sink.wandb, "init", fail)
+    with pytest.raises(RunError, match=r"connection refused.*logging\.wandb=offline"):
+        wandb_sink.WandbSink(fake_config(), tmp_path, mode=WandbMode.ONLINE)
+
+
+def test_auto_is_online_only_with_a_login(tmp_path: Path):
+    nobody = {"HOME": str(tmp_path)}
+    assert resolve_mode(WandbMode.AUTO, nobody) is WandbMode.OFFLINE
+    assert resolve_mode(WandbMode.AUTO, nobody | {"WANDB_API_KEY": "k" * 40}) is WandbMode.ONLINE
+    assert resolve_mode(WandbMode.AUTO, {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}) is WandbMode.OFFLINE
+    assert (
+        resolve_mode(WandbMode.AUTO, {"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}) is WandbMode.DISABLED
+    )
+    assert resolve_mode(WandbMode.DISABLED, {"WANDB_API_KEY": "k"}) is WandbMode.DISABLED
+    assert resolve_mode(WandbMode.OFFLINE, {"WANDB_API_KEY": "k"}) is WandbMode.OFFLINE
+
+
+def test_a_login_is_one_for_the_server_that_is_used(tmp_path: Path):
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    home = {"HOME": str(tmp_path)}
+    assert logged_in(home)
+    assert not logged_in(home | {"WANDB_BASE_URL": "https://wandb.example.org"})
+    assert not logged_in({"HOME": str(tmp_path), "NETRC": str(tmp_path / "absent")})
+    (tmp_path / ".netrc").write_text("machine\n")
+    assert not logged_in(home)
+
+
+def test_the_record_made_for_tests_is_one_that_is_logged_in_full():
+    from train.wandb_sink import scalars
+
+    names = scalars(record(1)).keys()
+    assert {name.split("/")[0] for name in names} == {"train", "schedule", "router", "timing"}
