@@ -1,5 +1,6 @@
 """Schedules against the published corner values, closed forms and a step-by-step walk."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -110,9 +111,7 @@ def lr_configs(draw: st.DrawFn, curves: list[Curve], decreasing: bool) -> tuple[
 
 
 @given(lr_configs([*Curve], decreasing=False), st.integers(1, 100), st.floats(0, 1.2))
-def test_rates_stay_within_the_rates_named(
-    drawn: tuple[LrConfig, int], step: int, fraction: float
-) -> None:
+def test_rates_stay_within_the_rates_named(drawn: tuple[LrConfig, int], step: int, fraction: float) -> None:
     config, num_tokens = drawn
     rate = lr_at(config, step=step, tokens=int(fraction * num_tokens), num_tokens=num_tokens)
     named = [config.peak] + [piece.to for piece in config.pieces if piece.to is not None]
@@ -126,7 +125,7 @@ def test_falling_pieces_never_rise(drawn: tuple[LrConfig, int], fractions: list[
     rates = [
         lr_at(config, step=1000, tokens=int(f * num_tokens), num_tokens=num_tokens) for f in sorted(fractions)
     ]
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(rates))
 
 
 @given(lr_configs([Curve.LINEAR, Curve.COSINE], decreasing=False))
@@ -136,7 +135,8 @@ def test_sloped_pieces_join_without_a_jump(drawn: tuple[LrConfig, int]) -> None:
     for end, piece in last_piece_of.items():
         assert end is not None
         assert piece.to is not None
-        assert lr_at(config, step=1000, tokens=end, num_tokens=num_tokens) == pytest.approx(piece.to, rel=1e-9)
+        rate = lr_at(config, step=1000, tokens=end, num_tokens=num_tokens)
+        assert rate == pytest.approx(piece.to, rel=1e-9)
 
 
 @given(st.integers(1, 1000), st.integers(1, 200))
