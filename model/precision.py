@@ -1,0 +1,12 @@
+"""The torch types behind the precision policy of `model.config`."""
+
+import torch
+
+from model.config import Compute
+
+_DTYPES = {Compute.BF16: torch.bfloat16, Compute.FP32: torch.float32, Compute.FP16: torch.float16}
+
+
+def torch_dtype(compute: Compute) -> torch.dtype:
+    """Return the type of GEMM inputs, activations and matrix parameters under `compute`."""
+    return _DTYPES[compute]

@@ -1,0 +1,140 @@
+"""The whole model: embedding, decoder layers, final norm, multi-token prediction, head.
+
+`layers` and `mtp` are dictionaries keyed by global index, so that a part of the model keeps its names.
+
+Legend: B sequences in the microbatch, S length, K = 1 + MTP depths, D hidden, V vocabulary, E experts,
+L mixture-of-experts layers including those of MTP, F rotary frequencies.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.block import Block, BlockOutput
+from model.config import Compute, ModelConfig, Recompute, YarnConfig
+from model.feedforward import FeedForward
+from model.linear import Linear
+from model.moe import MoE
+from model.mtp import MtpLayer
+from model.norm import RMSNorm
+from model.precision import torch_dtype
+from model.rope import RotaryEmbedding
+from model.router import Router
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """hidden_KBSD: K tensors [B, S, D], main model first, each ready for the head.
+
+    load_LE: exact int64 counts per layer, in the order of `Transformer.moe_layer_names`; balance_loss: FP32
+    scalar, detached, the sum over layers.
+    """
+
+    hidden_KBSD: list[Tensor]
+    load_LE: Tensor
+    balance_loss: Tensor
+
+
+class Embedding(nn.Module):
+    """Token embedding, weight [V, D]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the rows of the tokens, shape [..., D]."""
+        return F.embedding(tokens, self.weight)
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V3-class decoder. Matrices have the compute type; norms, gate and bias are FP32.
+
+    Matrices are uninitialised until `model.init.initialize` or a checkpoint fills them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        yarn: YarnConfig | None = None,
+        recompute: Recompute = Recompute.NONE,
+        compute: Compute = Compute.FP32,
+    ) -> None:
+        super().__init__()
+        dtype = torch_dtype(compute)
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.rope = RotaryEmbedding(config.attention, yarn)
+
+        def block(index: int) -> Block:
+            if index < config.num_dense_layers:
+                width = config.dense_intermediate_size
+                ffn = FeedForward(config.hidden_size, width, dtype=dtype, recompute=recompute)
+            else:
+                ffn = MoE(config, dtype=dtype, recompute=recompute)
+            return Block(config, ffn, dtype=dtype, yarn=yarn, recompute=recompute)
+
+        self.layers = nn.ModuleDict({str(i): block(i) for i in range(config.num_layers)})
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size, dtype=dtype)
+        # the blocks of MTP follow the last layer and are mixtures of experts also after dense layers only
+        self.mtp = nn.ModuleDict(
+            {
+                str(k): MtpLayer(config, block(config.num_layers + k), dtype=dtype, recompute=recompute)
+                for k in range(config.num_mtp_layers)
+            }
+        )
+
+    def forward(self, tokens_BKS: Tensor, positions_BS: Tensor, *, balance_scale: float = 0.0) -> ModelOutput:
+        """Return the hidden states of the main model and of every MTP depth.
+
+        tokens_BKS[:, k, i] is token i + k of the sequence, int64; positions_BS int64, increasing in each row.
+        balance_scale: the gradient given to the balance losses where they arise; 0 leaves them out.
+        """
+        table_BS2F = self.rope(positions_BS)
+        # one lookup for all depths: its gradient, as large as the table, is then made once
+        embeddings_KBSD = self.embed(tokens_BKS.transpose(0, 1).contiguous()).unbind(0)
+        outputs: list[BlockOutput] = []
+        x_BSD = embeddings_KBSD[0]
+        for layer in self.layers.values():
+            outputs.append(layer(x_BSD, table_BS2F, positions_BS, balance_scale=balance_scale))
+            x_BSD = outputs[-1].x_BSD
+        hidden_KBSD = [self.norm(x_BSD)]
+        for embedding_BSD, layer in zip(embeddings_KBSD[1:], self.mtp.values(), strict=True):
+            outputs.append(
+                layer(embedding_BSD, hidden_KBSD[-1], table_BS2F, positions_BS, balance_scale=balance_scale)
+            )
+            hidden_KBSD.append(outputs[-1].x_BSD)
+        return ModelOutput(hidden_KBSD, self._stack_load(outputs), sum_balance(outputs))
+
+    def set_yarn(self, yarn: YarnConfig | None) -> None:
+        """Switch to the rotation setting of another training stage."""
+        self.rope.set_yarn(yarn)
+        for _, block in self._blocks():
+            block.attn.set_yarn(yarn)
+
+    def moe_layer_names(self) -> list[str]:
+        """Return the module names of the mixture-of-experts blocks, in the order of load_LE."""
+        return [name for name, block in self._blocks() if isinstance(block.ffn, MoE)]
+
+    def routers(self) -> dict[str, Router]:
+        """Return the routers by the name of their block, in the order of load_LE."""
+        return {name: block.ffn.gate for name, block in self._blocks() if isinstance(block.ffn, MoE)}
+
+    def _blocks(self) -> Iterator[tuple[str, Block]]:
+        return ((name, module) for name, module in self.named_modules() if isinstance(module, Block))
+
+    def _stack_load(self, outputs: list[BlockOutput]) -> Tensor:
+        loads = [output.load_E for output in outputs if output.load_E.numel()]
+        if loads:
+            return torch.stack(loads)
+        return torch.zeros(0, self.config.moe.num_experts, dtype=torch.int64, device=self.norm.weight.device)
+
+
+def sum_balance(outputs: list[BlockOutput]) -> Tensor:
+    """Return the sum of the layers' balance losses, FP32 scalar."""
+    return torch.stack([output.balance_loss for output in outputs]).sum()
