@@ -34,6 +34,11 @@ class HfTensor:
     expert: int | None = None  # which slice of our stacked tensor; None: all of it
     role: Role = Role.WEIGHT
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether a file may leave this tensor out."""
+        return self.role is Role.COPY
+
 
 def hf_tensors(config: ModelConfig) -> list[HfTensor]:
     """Return every tensor of the open weights of this model, in the order of a file: layer by layer."""
