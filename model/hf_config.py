@@ -6,7 +6,6 @@ has no key for (balance loss, dropout, the length trained at) goes into a sectio
 Importable without torch.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -82,7 +81,7 @@ def to_hf_config(model: HfModel, *, dtype: str, eos_token_id: int | None) -> dic
         values |= {theirs: getattr(section, ours) for theirs, ours in keys.items()}
     values |= {key: allowed[0] for key, allowed in FIXED_KEYS.items()}
     theta = config.attention.rope_theta
-    scaling = None if yarn is None else _rope_scaling(yarn)
+    scaling = None if yarn is None else {theirs: getattr(yarn, ours) for theirs, ours in YARN_KEYS.items()}
     longest = model.seq_len if yarn is None else round(yarn.factor * yarn.original_length)
     return values | {
         "num_key_value_heads": config.attention.num_heads,
@@ -166,18 +165,6 @@ def _present(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {name: values[name]} if name in values else {}
 
 
-def _rope_scaling(yarn: YarnConfig) -> dict[str, Any]:
-    scaling: dict[str, Any] = {theirs: getattr(yarn, ours) for theirs, ours in YARN_KEYS.items()}
-    if not (yarn.mscale and yarn.mscale_all_dim):
-        # A zero means "no such factor" to us and "not given" to transformers, which would take another one.
-        scaling["attention_factor"] = _mscale(yarn, yarn.mscale) / _mscale(yarn, yarn.mscale_all_dim)
-    return scaling
-
-
-def _mscale(yarn: YarnConfig, weight: float) -> float:
-    return 1.0 if yarn.factor <= 1 else 0.1 * weight * math.log(yarn.factor) + 1.0
-
-
 def _rope_parameters(values: Mapping[str, Any], *, path: str) -> dict[str, Any]:
     """Return the RoPE settings in the form of transformers 5, from whichever form the file has."""
     parameters = dict(values.get("rope_parameters") or {})
@@ -200,20 +187,17 @@ def _yarn(rope: dict[str, Any], *, path: str) -> YarnConfig | None:
     required = ("factor", "original_max_position_embeddings")
     if missing := [f"rope_scaling.{key} is missing" for key in required if rope.get(key) is None]:
         _refuse(path, missing)
-    if not rope.get("truncate", True):
-        _refuse(path, ["rope_scaling.truncate=false is not supported; leave it out"])
-    # Where a file is silent on the two factors, DeepSeek's modelling code takes these.
-    given: dict[str, Any] = {"mscale": 1.0, "mscale_all_dim": 0.0}
+    unsupported = {"attention_factor": None, "truncate": True}
+    if problems := [
+        f"rope_scaling.{key}={rope[key]!r} is not supported; leave it out"
+        for key, harmless in unsupported.items()
+        if rope.get(key, harmless) != harmless
+    ]:
+        _refuse(path, problems)
+    # A factor that a file does not give is a zero, not our default.
+    given: dict[str, Any] = {"mscale": 0.0, "mscale_all_dim": 0.0}
     given |= {ours: rope[theirs] for theirs, ours in YARN_KEYS.items() if rope.get(theirs) is not None}
-    yarn = YarnConfig(**given)
-    factor = rope.get("attention_factor")
-    if factor is not None and not math.isclose(
-        factor, _mscale(yarn, yarn.mscale) / _mscale(yarn, yarn.mscale_all_dim), rel_tol=1e-6
-    ):
-        _refuse(
-            path, [f"rope_scaling.attention_factor={factor} is not the one mscale and mscale_all_dim give"]
-        )
-    return yarn
+    return YarnConfig(**given)
 
 
 def _refuse(path: str, problems: list[str]) -> NoReturn:

@@ -1,8 +1,8 @@
 """A folder of safetensors as DeepSeek publishes weights: what it holds, whether that is right, its tensors.
 
 `check` reads headers only and names every tensor that is missing, unexpected, misshaped or of a type that is
-no weight, before a single value is read. FP8 weights (arXiv 2412.19437, section 3.3) carry one FP32 factor per
-128 x 128 elements, `weight_scale_inv`, and are multiplied out on reading.
+no weight, before a single value is read. FP8 weights (arXiv 2412.19437, section 3.3) carry one FP32 factor
+per 128 x 128 elements, `weight_scale_inv`, and are multiplied out on reading.
 """
 
 import json

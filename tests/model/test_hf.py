@@ -226,6 +226,10 @@ def test_either_form_of_rope_is_enough() -> None:
         ({"n_group": 7}, "num_groups=7 must divide"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "original_max_position_embeddings is missing"),
+        (
+            {"rope_scaling": RELEASED_CONFIG["rope_scaling"] | {"attention_factor": 2.0}},
+            "attention_factor=2.0",
+        ),
         ({"rope_parameters": {"rope_type": "default"}}, "differ"),
     ],
 )
@@ -233,6 +237,12 @@ def test_a_config_that_is_not_ours_is_refused(change: dict[str, Any], words: str
     with pytest.raises(WeightsError, match=r"config\.json") as error:
         from_hf_config(RELEASED_CONFIG | change, path="config.json")
     assert words in str(error.value)
+
+
+def test_factors_that_a_file_leaves_out_are_zero() -> None:
+    scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+    yarn = from_hf_config(RELEASED_CONFIG | {"rope_scaling": scaling}, path="c").yarn
+    assert yarn == YarnConfig(mscale=0.0, mscale_all_dim=0.0)
 
 
 def test_all_problems_of_a_config_are_named_at_once() -> None:
