@@ -31,7 +31,8 @@ def exit_cleanly() -> Iterator[None]:
     try:
         yield
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        mistake = "" if error.exit_code == EXIT_STOPPED else "error: "
+        print(f"{mistake}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (DataError, WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)

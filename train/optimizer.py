@@ -84,6 +84,12 @@ class AdamW:
                 self._update(bucket, chunk, exp_avg[chunk], exp_avg_sq[chunk], count, lr)
                 bucket.publish(chunk.start, chunk.stop)
 
+    def reset(self) -> None:
+        """Forget both moments, as at the start of a run."""
+        self.num_updates = 0
+        for moment in (*self._exp_avg, *self._exp_avg_sq):
+            moment.zero_()
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Return masters and moments by checkpoint name, as views: loading into them restores the state.
 

@@ -1,0 +1,44 @@
+"""`python -m train recipe=NAME key=value …`: train, evaluate, report; resumes by itself from the run directory.
+
+Exit codes: 0 done, 2 bad input (nothing started), 3 unstable, 75 stopped by a signal and saved.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from model.kernels.allocator import keep_freed_memory
+from train.config_store import register, to_run_config
+from train.errors import EXIT_BAD_INPUT, exit_cleanly
+
+register()
+
+
+def main() -> None:
+    """Compose the configuration from the command line and run the job it describes."""
+    composed = False
+
+    @hydra.main(config_path="pkg://configs", config_name="config", version_base="1.3")
+    def entry(overrides: DictConfig) -> None:
+        nonlocal composed
+        composed = True
+        with exit_cleanly():
+            # Imported here so that `--help`, `--cfg job` and a mistyped key answer before torch is loaded.
+            from train.run import run
+
+            run(to_run_config(overrides))
+
+    try:
+        entry()
+    except SystemExit as stop:
+        # Hydra ends with 1 when it cannot compose; that is bad input, and it has printed which.
+        if stop.code == 1 and not composed:
+            sys.exit(EXIT_BAD_INPUT)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The main job: every stage that remains, each from the checkpoint before it, then evaluation and report.
+
+A stage always starts the same way, whether the process just trained the stage before it or resumes after
+a crash: build for this stage's length and layout, load the newest checkpoint, go on at the next sample.
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from data.dataset import TrainingData
+from data.loader import Batches
+from train.build import StageParts, build_stage, pick_device
+from train.checkpoint import CheckpointManager, SavedCheckpoint
+from train.config import CarryOver, RunConfig
+from train.errors import EXIT_STOPPED, RunError
+from train.init_from import load_initial_weights
+from train.resume import check_resumable, fingerprint
+from train.signals import StopRequest
+from train.sinks import Sinks, open_sinks
+from train.stage_evaluation import evaluate_stage
+from train.stages import previous, remaining
+from train.state import TrainState
+from train.stored_config import config_text
+from train.trainer import Trainer
+
+
+class Job:
+    """Trains the remaining stages of one run.
+
+    Opening a job checks everything that can be refused: device, data of every remaining stage, and that
+    the newest checkpoint belongs to this model and these data. RunError or DataError then, nothing changed.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.device = pick_device(config)
+        self.checkpoints = CheckpointManager(
+            run_dir / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            asynchronous=config.checkpoint.asynchronous,
+        )
+        self.saved = self.checkpoints.latest()
+        self.state = TrainState.from_dict(self.saved.progress) if self.saved else TrainState()
+        self.todo = remaining(config, self.state)
+        for stage in self.todo:
+            self.open_data(stage, start={})
+        if self.todo and self.state.stage == self.todo[0]:
+            now = fingerprint(config, stage=self.state.stage, data=self.data_fingerprint(self.state.stage))
+            check_resumable(saved=self.state.fingerprint, now=now, run_dir=str(run_dir))
+
+    def open_data(self, stage: str, *, start: dict[str, int]) -> TrainingData:
+        """Open the training data of `stage`, whose sources begin at the tokens `start`."""
+        config = self.config
+        weights = {name: source.weight for name, source in config.data.sources.items()}
+        return TrainingData(
+            config.data,
+            seed=config.seed,
+            seq_len=config.stages[stage].seq_len,
+            extra_tokens=1 + config.model.num_mtp_layers,
+            weights=config.stages[stage].source_weights or weights,
+            start=start,
+            vocab_size=config.model.vocab_size,
+        )
+
+    def data_fingerprint(self, stage: str) -> str:
+        """Return what identifies the corpus and its order."""
+        return self.open_data(stage, start={}).fingerprint()
+
+    def train(self, stop: StopRequest, console: Console) -> None:
+        """Train every remaining stage to its end and measure it; RunError when stopped or unstable."""
+        if not self.todo:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "config.yaml").write_text(config_text(self.config), encoding="utf-8")
+        total = sum(stage.num_tokens for stage in self.config.stages.values())
+        with open_sinks(self.config, self.run_dir, resume_step=self.state.step, total_tokens=total) as sinks:
+            for stage in self.todo:
+                self.train_stage(stage, sinks, stop)
+                for result in evaluate_stage(self.config, self.run_dir, stage, console):
+                    sinks.evaluation(result)
+                if stop.requested and stage != self.todo[-1]:
+                    raise RunError(
+                        f"stopped by {stop.requested} at the end of stage {stage}, which is saved; "
+                        "the same command continues with the next stage",
+                        exit_code=EXIT_STOPPED,
+                    )
+
+    def train_stage(self, stage: str, sinks: Sinks, stop: StopRequest) -> None:
+        """Train one stage from the newest checkpoint, or from its initialisation."""
+        parts = build_stage(self.config, self.config.stages[stage], device=self.device)
+        saved = self.checkpoints.latest()
+        if saved:
+            self.restore(parts, saved)
+        elif self.config.init_from:
+            load_initial_weights(parts, Path(self.config.init_from))
+        if self.state.stage != stage:
+            self.enter(stage, parts)
+        data = self.open_data(stage, start=self.state.data_start)
+        with Batches(data, self.state.stage_samples) as batches:
+            Trainer(
+                config=self.config,
+                state=self.state,
+                parts=parts,
+                batches=batches,
+                checkpoints=self.checkpoints,
+                sinks=sinks,
+                stop=stop,
+                device=self.device,
+            ).fit()
+        self.checkpoints.wait()
+
+    def restore(self, parts: StageParts, saved: SavedCheckpoint) -> None:
+        """Load a checkpoint into the freshly built parts."""
+        self.checkpoints.load(saved, parts.tensors())
+        self.state = TrainState.from_dict(saved.progress)
+        parts.use_loaded(num_updates=self.state.num_updates)
+        parts.loss_scale.load_state_dict(self.state.loss_scale)
+
+    def enter(self, stage: str, parts: StageParts) -> None:
+        """Begin `stage`: its data go on where the stage before it ended, source by source."""
+        before = previous(self.config, stage)
+        start = {}
+        if before and self.state.stage:
+            start = self.open_data(before, start=self.state.data_start).position(self.state.stage_samples)
+        self.state.enter(stage, data_start=start)
+        self.state.fingerprint = fingerprint(self.config, stage=stage, data=self.data_fingerprint(stage))
+        if self.config.stages[stage].optimizer_state is CarryOver.RESET:
+            parts.optimizer.reset()

@@ -1,0 +1,55 @@
+"""Measuring a stage at its own length: the model that entered it ("before") and the one that left it ("after").
+
+Both are read back from the permanent checkpoints of stage ends, so a crash loses no measurement, and a
+measurement never disturbs training.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from train.config import RunConfig
+from train.evaluate import evaluate
+from train.load import load_model
+from train.stages import previous
+
+
+def evaluate_stage(config: RunConfig, run_dir: Path, stage: str, console: Console) -> list[dict[str, Any]]:
+    """Write evaluations/<stage>-{before,after}.json and return the results that were not there already.
+
+    The first stage has no "before". A result made from the same checkpoint is kept.
+    """
+    if not config.evaluation.enabled or config.data.validation is None:
+        return []
+    new = []
+    for when, source in (("before", previous(config, stage)), ("after", stage)):
+        if source is None:
+            continue
+        path = run_dir / "evaluations" / f"{stage}-{when}.json"
+        loaded = load_model(Path(f"{run_dir}@{source}"))
+        progress = loaded.saved.progress
+        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["step"] == progress["step"]:
+            continue
+        console.print(f"evaluating at the length of {stage}: checkpoint {loaded.saved.name}")
+        result = evaluate(
+            loaded.model,
+            config=config,
+            stage_name=stage,
+            tokenizer=loaded.tokenizer,
+            step=progress["step"],
+            tokens=progress["tokens"],
+            when=when,
+        )
+        _write(path, result)
+        new.append(result)
+    return new
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    os.replace(partial, path)
