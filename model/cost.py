@@ -179,14 +179,14 @@ def _attention(config: ModelConfig) -> Parts:
     """MLA and the norms of a block: its two, and one on each compressed latent."""
     a, hidden = config.attention, config.hidden_size
     query_width = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
-    rank = a.q_lora_rank
-    queries = hidden * query_width if rank is None else rank * (hidden + query_width)
+    q_latent = a.q_lora_rank
+    queries = hidden * query_width if q_latent is None else q_latent * (hidden + query_width)
     keys_values = hidden * (a.kv_lora_rank + a.qk_rope_head_dim)
     keys_values += a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
     output = a.num_heads * a.v_head_dim * hidden
     return Parts(
         attention=queries + keys_values + output,
-        norms=2 * hidden + (rank or 0) + a.kv_lora_rank,
+        norms=2 * hidden + (q_latent or 0) + a.kv_lora_rank,
     )
 
 
