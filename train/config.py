@@ -281,7 +281,9 @@ class RunConfig:
     root: str = "runs"
     seed: int = 0
     device: str = "auto"  # auto, cpu or cuda
-    init_from: str | None = None  # a run or checkpoint whose weights (not optimizer state) the first stage starts from
+    init_from: str | None = (
+        None  # a run or checkpoint whose weights (not optimizer state) the first stage starts from
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -20,5 +20,7 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise RunError(f"configuration: {error}") from error
     if not isinstance(config, RunConfig):
-        raise RunError("configuration: the composed root is not a run; start configs/config.yaml from run_schema")
+        raise RunError(
+            "configuration: the composed root is not a run; start configs/config.yaml from run_schema"
+        )
     return config

@@ -12,7 +12,9 @@ def check(config: RunConfig) -> None:
     found = problems(config)
     if found:
         noun = "problem" if len(found) == 1 else "problems"
-        raise RunError(f"{len(found)} {noun} in the configuration:\n" + "\n".join(f"  {line}" for line in found))
+        raise RunError(
+            f"{len(found)} {noun} in the configuration:\n" + "\n".join(f"  {line}" for line in found)
+        )
 
 
 def problems(config: RunConfig) -> list[str]:
