@@ -4,6 +4,7 @@ The run id is kept in the run directory, so that a run that is stopped and start
 charts. Offline nothing leaves the machine: wandb then writes <run>/wandb/offline-run-…/run-….wandb only.
 """
 
+import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -33,6 +34,9 @@ class WandbSink:
         # wandb keeps its files in a folder of this name, and elsewhere when it cannot make it.
         (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
         online = mode is WandbMode.ONLINE
+        if not online:
+            # Without this wandb reports on itself to its makers, which offline means a DNS look-up a run.
+            os.environ["WANDB_ERROR_REPORTING"] = "false"
         try:
             self._run = wandb.init(
                 mode="online" if online else "offline",

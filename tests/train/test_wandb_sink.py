@@ -17,14 +17,20 @@ LOAD = list(range(32))
 
 # In a process of its own: wandb starts a service and threads that outlive the run.
 RUN = """
-import os, socket, sys
+import socket, sys
 from pathlib import Path
+
+def note(*address, **_):
+    # Collected in a file: whoever reaches for the network may do so in a thread, or at exit.
+    with Path(sys.argv[1], "network").open("a") as file:
+        print(address[:2], file=file)
+    raise OSError("no network in this test")
 
 real_connect = socket.socket.connect
 def connect(self, address):
-    assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost"), address
-    return real_connect(self, address)
-socket.socket.connect = connect
+    return real_connect(self, address) if self.family == socket.AF_UNIX else note(address)
+
+socket.socket.connect, socket.getaddrinfo = connect, note
 
 from tests.train.fake_run import STAGES, fake_config, fake_evaluation
 from tests.train.test_sinks import record
@@ -71,6 +77,10 @@ def files(run_dir: Path) -> list[Path]:
 def test_a_resumed_run_keeps_its_id(run_dir: Path, files: list[Path]):
     stored = (run_dir / "wandb" / "run_id").read_text().strip()
     assert [path.name for path in files] == [f"run-{stored}.wandb"] * 2
+
+
+def test_offline_nothing_reaches_for_the_network(run_dir: Path, files: list[Path]):
+    assert not (run_dir / "network").exists(), (run_dir / "network").read_text()
 
 
 def test_every_step_is_there_with_grouped_names(files: list[Path]):
@@ -157,6 +167,13 @@ def test_a_login_is_one_for_the_server_that_is_used(tmp_path: Path):
     assert logged_in(home)
     assert not logged_in(home | {"WANDB_BASE_URL": "https://wandb.example.org"})
     assert not logged_in({"HOME": str(tmp_path), "NETRC": str(tmp_path / "absent")})
+    (tmp_path / ".config" / "wandb").mkdir(parents=True)
+    (tmp_path / ".config" / "wandb" / "settings").write_text(
+        "[default]\nbase_url = https://wandb.example.org\n"
+    )
+    assert not logged_in(home)
+    (tmp_path / ".netrc").write_text("machine wandb.example.org login user password secret\n")
+    assert logged_in(home)
     (tmp_path / ".netrc").write_text("machine\n")
     assert not logged_in(home)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wandb.proto import wandb_internal_pb2
+from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 BLOCK, HEADER, FULL, FIRST, LAST = 32768, 7, 1, 2, 4
 
@@ -23,7 +23,7 @@ def records(path: Path) -> Iterator[Any]:
         parts = (b"" if kind in (FULL, FIRST) else parts) + data[at + HEADER : at + HEADER + length]
         at += HEADER + length
         if kind in (FULL, LAST):
-            yield wandb_internal_pb2.Record.FromString(parts)
+            yield Record.FromString(parts)
 
 
 def history(path: Path) -> list[dict[str, Any]]:
