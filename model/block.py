@@ -51,7 +51,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         dtype, device = ctx.like
-        return grad_outputs[0], torch.tensor(ctx.scale, dtype=dtype, device=device), None
+        return grad_outputs[0], torch.full((), ctx.scale, dtype=dtype, device=device), None
 
 
 def attach_loss(x: Tensor, loss: Tensor, scale: float) -> Tensor:
