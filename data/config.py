@@ -21,10 +21,12 @@ class SourceConfig:
 class PrepareConfig:
     """How a recipe makes its own corpus when it is missing; the same options as `python -m data.prepare`."""
 
-    sources: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list[str])
     out: str = "???"
     train_tokenizer: int | None = None  # vocabulary of a BPE trained on the corpus; null uses data.tokenizer
     validation_fraction: float = 0.01
+    text_key: str = "text"  # the field of jsonl, parquet, arrow and Hugging Face records that holds the text
+    split_fused_rate: float = 0.0  # share of tokens such as `;\n` that are stored as two, report section 4.1
 
     def problems(self) -> list[str]:
         """Return every broken rule."""
@@ -33,6 +35,8 @@ class PrepareConfig:
             found.append("sources=[] must name at least one source; use python-stdlib")
         if not 0 <= self.validation_fraction < 1:
             found.append(f"validation_fraction={self.validation_fraction} must lie in [0, 1); use 0.01")
+        if not 0 <= self.split_fused_rate <= 1:
+            found.append(f"split_fused_rate={self.split_fused_rate} must lie in [0, 1]; use 0")
         return found
 
 
@@ -40,7 +44,7 @@ class PrepareConfig:
 class DataConfig:
     """The corpus of a run. Sample i is a pure function of (seed, i)."""
 
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    sources: dict[str, SourceConfig] = field(default_factory=dict[str, SourceConfig])
     validation: str | None = None  # held-out shards; null switches held-out evaluation off
     tokenizer: str = "deepseek-v3"  # or the path of a tokenizer.json
     fim_rate: float = 0.1  # share of documents rearranged as prefix-suffix-middle, report section 4.1

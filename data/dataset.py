@@ -16,7 +16,7 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.indexed import IndexedReader
 from data.mixture import Mixture
-from data.shards import ShardFacts, check_ids, ends_with_eos, examine, find_shards
+from data.shards import ShardFacts, check_ids, check_tokenizer, ends_with_eos, examine, find_shards
 from data.stream import TokenStream
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -110,6 +110,7 @@ class TrainingData:
 
     def _open(self, name: str, path: str, config: DataConfig, tokenizer: Tokenizer, seed: int) -> TokenStream:
         readers = [IndexedReader(prefix) for prefix in find_shards(path, split="train")]
+        check_tokenizer(path, tokenizer)
         facts = [examine(reader, eos_id=tokenizer.eos_id) for reader in readers]
         for reader, shard_facts in zip(readers, facts, strict=True):
             check_ids(reader, shard_facts, vocab_size=self.vocab_size)

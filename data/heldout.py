@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from data.config import DataConfig
 from data.errors import DataError
 from data.indexed import IndexedReader
-from data.shards import check_ids, ends_with_eos, examine, find_shards
+from data.shards import check_ids, check_tokenizer, ends_with_eos, examine, find_shards
 from data.stream import TokenStream
 from data.tokenizer import load_tokenizer
 
@@ -34,6 +34,7 @@ class HeldOut:
         self.extra = extra
         self.vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         readers = [IndexedReader(prefix) for prefix in find_shards(config.validation, split="validation")]
+        check_tokenizer(config.validation, tokenizer)
         facts = [examine(reader, eos_id=tokenizer.eos_id) for reader in readers]
         for reader, shard_facts in zip(readers, facts, strict=True):
             check_ids(reader, shard_facts, vocab_size=self.vocab_size)
@@ -47,7 +48,8 @@ class HeldOut:
         if self.num_sequences < 1:
             raise DataError(
                 f"data.validation={config.validation} holds {self._stream.num_tokens} tokens, but one "
-                f"sequence needs seq_len + {extra} = {seq_len + extra}; prepare with a larger --validation-fraction"
+                f"sequence needs seq_len + {extra} = {seq_len + extra}; "
+                "prepare again with a larger --validation-fraction"
             )
 
     @property

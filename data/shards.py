@@ -15,6 +15,7 @@ import numpy as np
 
 from data.errors import DataError
 from data.indexed import IndexedReader, bin_path, idx_path
+from data.tokenizer import Tokenizer
 
 _CHUNK_TOKENS = 1 << 22
 _VERSION = 1
@@ -62,6 +63,17 @@ def find_shards(path: str | Path, *, split: str) -> list[Path]:
             f"prepare the corpus again{remedy}: python -m data.prepare SOURCE --out {path}"
         )
     return [inside / name for name in sorted(names)]
+
+
+def check_tokenizer(path: str | Path, tokenizer: Tokenizer) -> None:
+    """Raise DataError when a prepared folder was made with another tokenizer than the run uses."""
+    for folder in (Path(path), Path(path).parent):
+        made_with = (_load_json(folder / "manifest.json") or {}).get("tokenizer")
+        if isinstance(made_with, dict) and made_with.get("sha256") != tokenizer.sha256:
+            raise DataError(
+                f"{path} was prepared with another tokenizer than data.tokenizer={tokenizer.origin}; "
+                f"set data.tokenizer={folder / 'tokenizer.json'}, or prepare it again"
+            )
 
 
 def examine(reader: IndexedReader, *, eos_id: int) -> ShardFacts:
