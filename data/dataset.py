@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.indexed import IndexedReader
 from data.mixture import Mixture
-from data.shards import ShardFacts, check_ids, check_tokenizer, ends_with_eos, examine, find_shards
+from data.shards import ShardFacts, open_shards
 from data.stream import TokenStream
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -109,17 +108,13 @@ class TrainingData:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _open(self, name: str, path: str, config: DataConfig, tokenizer: Tokenizer, seed: int) -> TokenStream:
-        readers = [IndexedReader(prefix) for prefix in find_shards(path, split="train")]
-        check_tokenizer(path, tokenizer)
-        facts = [examine(reader, eos_id=tokenizer.eos_id) for reader in readers]
-        for reader, shard_facts in zip(readers, facts, strict=True):
-            check_ids(reader, shard_facts, vocab_size=self.vocab_size)
+        shards = open_shards(path, split="train", tokenizer=tokenizer, vocab_size=self.vocab_size)
         stream = TokenStream(
-            readers,
+            shards.readers,
             name=name,
             seed=seed,
             eos_id=tokenizer.eos_id,
-            ends_with_eos=ends_with_eos(readers, facts, eos_id=tokenizer.eos_id),
+            ends_with_eos=shards.ends_with_eos,
             fim=tokenizer.fim,
             fim_rate=config.fim_rate,
             shuffle=config.shuffle,
@@ -130,7 +125,7 @@ class TrainingData:
                 f"data.sources.{name}.path={path} holds {stream.num_tokens} tokens, but one sample needs "
                 f"seq_len + {self.extra_tokens} = {needed}; add text or shorten the sequence"
             )
-        self._facts[name] = facts
+        self._facts[name] = shards.facts
         return stream
 
 

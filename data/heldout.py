@@ -6,8 +6,7 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.indexed import IndexedReader
-from data.shards import check_ids, check_tokenizer, ends_with_eos, examine, find_shards
+from data.shards import open_shards
 from data.stream import TokenStream
 from data.tokenizer import load_tokenizer
 
@@ -33,17 +32,15 @@ class HeldOut:
         self.seq_len = seq_len
         self.extra = extra
         self.vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
-        readers = [IndexedReader(prefix) for prefix in find_shards(config.validation, split="validation")]
-        check_tokenizer(config.validation, tokenizer)
-        facts = [examine(reader, eos_id=tokenizer.eos_id) for reader in readers]
-        for reader, shard_facts in zip(readers, facts, strict=True):
-            check_ids(reader, shard_facts, vocab_size=self.vocab_size)
+        shards = open_shards(
+            config.validation, split="validation", tokenizer=tokenizer, vocab_size=self.vocab_size
+        )
         self._stream = TokenStream(
-            readers,
+            shards.readers,
             name="validation",
             seed=_ORDER_SEED,
             eos_id=tokenizer.eos_id,
-            ends_with_eos=ends_with_eos(readers, facts, eos_id=tokenizer.eos_id),
+            ends_with_eos=shards.ends_with_eos,
         )
         if self.num_sequences < 1:
             raise DataError(

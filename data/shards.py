@@ -34,6 +34,25 @@ class ShardFacts:
     sha256: str
 
 
+@dataclass(frozen=True)
+class OpenShards:
+    """The shards of one split, proved fit for a run. ends_with_eos: whether documents are stored with eos."""
+
+    readers: list[IndexedReader]
+    facts: list[ShardFacts]
+    ends_with_eos: bool
+
+
+def open_shards(path: str | Path, *, split: str, tokenizer: Tokenizer, vocab_size: int) -> OpenShards:
+    """Open and examine all shards of a split. Raises DataError for whatever makes them unfit."""
+    check_tokenizer(path, tokenizer)
+    readers = [IndexedReader(prefix) for prefix in find_shards(path, split=split)]
+    facts = [examine(reader, eos_id=tokenizer.eos_id) for reader in readers]
+    for reader, shard_facts in zip(readers, facts, strict=True):
+        check_ids(reader, shard_facts, vocab_size=vocab_size)
+    return OpenShards(readers, facts, ends_with_eos(readers, facts, eos_id=tokenizer.eos_id))
+
+
 def find_shards(path: str | Path, *, split: str) -> list[Path]:
     """Return the prefixes of the shards of a split, in name order.
 
@@ -48,10 +67,10 @@ def find_shards(path: str | Path, *, split: str) -> list[Path]:
             f"{path} does not exist, neither as a folder of shards nor as {path}.bin; "
             f"prepare it: python -m data.prepare SOURCE --out {path}"
         )
-    manifest = folder / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text()).get("status") != "complete":
+    root, manifest = _manifest_of(path)
+    if manifest.get("status") == "incomplete":
         raise DataError(
-            f"{path} is not finished: its manifest.json is not marked complete; "
+            f"{path} is not finished: {root / 'manifest.json'} is marked incomplete; "
             "run the same data.prepare command again, it goes on where it stopped"
         )
     inside = folder / split if (folder / split).is_dir() else folder
@@ -60,20 +79,20 @@ def find_shards(path: str | Path, *, split: str) -> list[Path]:
         remedy = " with a larger --validation-fraction" if split == "validation" else ""
         raise DataError(
             f"{path} has no {split} documents: no .bin and .idx files in {inside}; "
-            f"prepare the corpus again{remedy}: python -m data.prepare SOURCE --out {path}"
+            f"prepare the corpus again{remedy}: python -m data.prepare SOURCE --out {root}"
         )
     return [inside / name for name in sorted(names)]
 
 
 def check_tokenizer(path: str | Path, tokenizer: Tokenizer) -> None:
     """Raise DataError when a prepared folder was made with another tokenizer than the run uses."""
-    for folder in (Path(path), Path(path).parent):
-        made_with = (_load_json(folder / "manifest.json") or {}).get("tokenizer")
-        if isinstance(made_with, dict) and made_with.get("sha256") != tokenizer.sha256:
-            raise DataError(
-                f"{path} was prepared with another tokenizer than data.tokenizer={tokenizer.origin}; "
-                f"set data.tokenizer={folder / 'tokenizer.json'}, or prepare it again"
-            )
+    root, manifest = _manifest_of(path)
+    made_with = manifest.get("tokenizer")
+    if isinstance(made_with, dict) and made_with.get("sha256") != tokenizer.sha256:
+        raise DataError(
+            f"{path} was prepared with another tokenizer than data.tokenizer={tokenizer.origin}; "
+            f"set data.tokenizer={root / 'tokenizer.json'}, or prepare it again"
+        )
 
 
 def examine(reader: IndexedReader, *, eos_id: int) -> ShardFacts:
@@ -123,6 +142,15 @@ def _files(reader: IndexedReader) -> list[Path]:
 def _file_state(path: Path) -> list[int]:
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
+
+
+def _manifest_of(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Return a prepared folder and its manifest, for the folder itself and for its split folders."""
+    for folder in (Path(path), Path(path).parent):
+        manifest = _load_json(folder / "manifest.json")
+        if isinstance(manifest, dict) and "options" in manifest:
+            return folder, manifest
+    return Path(path), {}
 
 
 def _load_json(path: Path) -> dict[str, Any] | None:

@@ -27,29 +27,13 @@ _TARGET_UNITS = 1024
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".parquet", ".arrow")
 # files of a folder that are taken as documents when --extensions does not say otherwise
 _TEXT_EXTENSIONS = frozenset(
-    # prose and markup
-    ["txt", "md", "rst", "tex", "org", "html", "css", "xml", "yaml", "yml", "toml", "ini", "cfg"]
-    # programs
-    + ["py", "pyi", "c", "h", "cc", "cpp", "cxx", "hpp", "hh", "cu", "cuh", "java", "kt", "scala", "go", "rs"]
-    + [
-        "swift",
-        "js",
-        "mjs",
-        "ts",
-        "tsx",
-        "jsx",
-        "rb",
-        "php",
-        "pl",
-        "lua",
-        "r",
-        "jl",
-        "m",
-        "sh",
-        "bash",
-        "sql",
-    ]
-    + ["cmake", "proto", "hs", "ml", "ex", "exs", "erl", "clj", "el", "scm", "dart", "zig", "f90", "v", "sv"]
+    {
+        *("txt", "md", "rst", "tex", "org", "html", "css", "xml", "yaml", "yml", "toml", "ini", "cfg"),
+        *("py", "pyi", "c", "h", "cc", "cpp", "cxx", "hpp", "hh", "cu", "cuh", "java", "kt", "scala", "go"),
+        *("rs", "swift", "js", "mjs", "ts", "tsx", "jsx", "rb", "php", "pl", "lua", "r", "jl", "m", "sh"),
+        *("bash", "sql", "cmake", "proto", "hs", "ml", "ex", "exs", "erl", "clj", "el", "scm", "dart"),
+        *("zig", "f90", "v", "sv"),
+    }
 )
 
 
