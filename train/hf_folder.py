@@ -8,6 +8,7 @@ per 128 x 128 elements, `weight_scale_inv`, and are multiplied out on reading.
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,19 @@ from model.hf import HfTensor
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
 
 FP8_BLOCK = 128
 SCALE_SUFFIX = "_scale_inv"
 WEIGHT_TYPES = ("F32", "BF16", "F16")
 FP8_TYPE = "F8_E4M3"
+
+
+class MtpWeights(StrEnum):
+    """What a conversion does with the MTP modules."""
+
+    KEEP = "keep"
+    DROP = "drop"
 
 
 @dataclass(frozen=True, slots=True)
