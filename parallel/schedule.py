@@ -73,16 +73,12 @@ class StepOutput:
 
     loss_sums_K: Tensor
     """Cross-entropy summed over all valid targets: main model first, then each MTP depth; FP32 [K]."""
-    valid_K: Tensor
-    """The number of those targets, int64 [K]."""
+    mean_loss_K: Tensor
+    """The same per valid target, as in the objective; FP32 [K]."""
     balance_loss: Tensor
     """Balance loss summed over layers, averaged over sequences, as in the objective; FP32 scalar."""
     load_LE: Tensor
     """Tokens routed to each expert of each MoE layer, exact, int64 [L, E]."""
-
-    def mean_losses(self) -> Tensor:
-        """Return the cross-entropy per valid target: main model first, then each MTP depth; FP32 [K]."""
-        return self.loss_sums_K / self.valid_K.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -120,9 +116,10 @@ class LocalSchedule:
             self._forward_backward(batch, rows, mtp_weight=mtp_weight, loss_scale=loss_scale)
             for rows in self._cuts(batch)
         ]
+        loss_sums_K = torch.stack([part.loss_sums_K for part in parts]).sum(0)
         return StepOutput(
-            loss_sums_K=torch.stack([part.loss_sums_K for part in parts]).sum(0).float(),
-            valid_K=batch.valid_K,
+            loss_sums_K=loss_sums_K.float(),
+            mean_loss_K=(loss_sums_K / batch.valid_K.clamp(min=1)).float(),
             balance_loss=torch.stack([part.balance_loss for part in parts]).sum() / batch.num_sequences,
             load_LE=torch.stack([part.load_LE for part in parts]).sum(0),
         )

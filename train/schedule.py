@@ -84,10 +84,7 @@ def _end_of(piece: LrPiece, num_tokens: int) -> int:
 
 def _on_curve(curve: Curve, start: float, target: float, fraction: float) -> float:
     """Return the rate at `fraction` in [0, 1) of a piece."""
-    match curve:
-        case Curve.CONSTANT:
-            return target
-        case Curve.LINEAR:
-            return start + (target - start) * fraction
-        case Curve.COSINE:
-            return target + (start - target) * (1 + math.cos(math.pi * fraction)) / 2
+    if curve is Curve.CONSTANT:
+        return target
+    kept = 1 - fraction if curve is Curve.LINEAR else (1 + math.cos(math.pi * fraction)) / 2
+    return start * kept + target * (1 - kept)

@@ -120,7 +120,7 @@ def test_accumulation_changes_nothing(microbatch_size: int, whole: Run) -> None:
     assert_same_counts(run, whole)
     for mine, theirs in (
         (run.output.loss_sums_K, whole.output.loss_sums_K),
-        (run.output.mean_losses(), whole.output.mean_losses()),
+        (run.output.mean_loss_K, whole.output.mean_loss_K),
         (run.output.balance_loss, whole.output.balance_loss),
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0)
@@ -160,7 +160,7 @@ def test_gradients_and_losses_equal_plain_autograd(whole: Run) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(whole.gradients()[name], parameter.grad, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(whole.output.mean_losses(), torch.stack(losses).detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(whole.output.mean_loss_K, torch.stack(losses).detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(whole.output.balance_loss, output.balance_loss / SEQUENCES, rtol=1e-6, atol=0)
 
 

@@ -120,7 +120,7 @@ def test_norm_and_scaling_equal_torch(dtype: torch.dtype) -> None:
 
 
 def test_norm_of_a_long_bucket_keeps_its_digits() -> None:
-    """Small gradients beside a large one vanish from a running FP32 sum of squares."""
+    """Small gradients vanish from one long FP32 sum of squares: torch's vector_norm is off by 2.5e-5 here."""
     parameter = nn.Parameter(torch.zeros(1 << 22))
     engine = Zero1([("w", parameter)], rule=lambda name, p: RULE)
     engine.buckets[0].grad.fill_(1e-3)[0] = 100.0

@@ -131,6 +131,7 @@ def test_a_depth_without_targets_is_left_out() -> None:
     labels_BKS[:, 1] = -100
     result = Objective(head_VD)(output_of(hidden), labels_BKS, valid_K=valid(labels_BKS), mtp_weight=0.3)
     assert result.loss_sums_K[1] == 0
+    assert result.total.isfinite()
     assert all(g.isfinite().all() for g in torch.autograd.grad(result.total, [*hidden, head_VD]))
 
 

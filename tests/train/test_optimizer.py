@@ -233,3 +233,21 @@ def test_state_names_and_shapes() -> None:
         for key in (f"model.{name}", f"optim.{name}.exp_avg", f"optim.{name}.exp_avg_sq"):
             assert state.pop(key).shape == parameter.shape
     assert not state
+
+
+def test_reset_starts_as_a_new_optimizer_on_the_same_masters() -> None:
+    config = OptimizerConfig()
+    models = [network(), network()]
+    engine, optimizer = engine_of(models[0], config)
+    loss_of(models[0], 0).backward()
+    optimizer.step(lr=1e-2)
+    optimizer.reset()
+    models[1].load_state_dict(models[0].state_dict())
+    fresh_engine, fresh = engine_of(models[1], config)
+    for model, stepped, bucketed in ((models[0], optimizer, engine), (models[1], fresh, fresh_engine)):
+        bucketed.zero_grad()
+        loss_of(model, 1).backward()
+        stepped.step(lr=1e-2)
+    after, expected = optimizer.state_tensors(), fresh.state_tensors()
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
+    assert optimizer.num_updates == fresh.num_updates == 1
