@@ -1,0 +1,209 @@
+"""`python -m train.report RUN`: the whole run on one page, in one HTML file that opens without a network.
+
+Everything comes from the run directory: config.yaml, metrics.jsonl and evaluations/*.json. A report can be
+made while the run is going on, and what is not there yet is left out with a line that says why.
+"""
+
+import argparse
+from html import escape
+from pathlib import Path
+from statistics import median
+
+from model.cost import active_parameters, parameters
+from train.console import duration, quantity
+from train.errors import exit_cleanly
+from train.report_balance import balance_panels
+from train.report_curves import loss_panel, schedule_panels, stability_panel
+from train.report_evaluation import evaluation_panels
+from train.report_page import Panel, Section, render_page
+from train.report_speed import speed_panels
+from train.report_timeline import Timeline, stage_colours
+from train.run_data import RunData, StageSummary, read_run, stage_summaries
+from train.stored_config import config_text
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir`/report.html and return its path. Raises RunError when a file of the run is damaged."""
+    run = read_run(run_dir)
+    path = run_dir / "report.html"
+    # Written aside first: a report that is open in a browser is never seen half written.
+    draft = path.with_suffix(".html.part")
+    draft.write_text(report_page(run), encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def report_page(run: RunData) -> str:
+    """Return the HTML of the report of `run`."""
+    return render_page(
+        title=f"{run.config.name} · training report",
+        header=_header(run),
+        sections=_sections(run),
+        footer=f"<details><summary>Configuration "
+        f"(config.yaml)</summary><pre>{escape(config_text(run.config))}</pre></details>",
+    )
+
+
+def _sections(run: RunData) -> list[Section]:
+    evaluation = Section(
+        title="Long contexts",
+        lead="What each stage changed: the loss at every position, and whether a fact far back in the text "
+        "is found.",
+        panels=evaluation_panels(run),
+    )
+    if not run.records:
+        missing = Panel(title="Training", missing="metrics.jsonl has no step yet.")
+        return [Section(title="Training", lead="", panels=[missing]), evaluation]
+    timeline = Timeline(run)
+    return [
+        Section(
+            title="Learning",
+            lead="All curves run over the tokens seen; the tinted bands are the stages. Drag to zoom, "
+            "double-click to "
+            "return, click a name in a legend to hide its curve.",
+            panels=[loss_panel(run, timeline), *schedule_panels(timeline), stability_panel(run, timeline)],
+        ),
+        evaluation,
+        Section(
+            title="Experts",
+            lead="How evenly the routers spread the tokens over their experts.",
+            panels=balance_panels(run, timeline),
+        ),
+        Section(title="Speed", lead="What the machine made of it.", panels=speed_panels(run, timeline)),
+    ]
+
+
+def _header(run: RunData) -> str:
+    summaries = stage_summaries(run)
+    model = run.config.model
+    shape = (
+        f"{model.num_layers} layers of width {model.hidden_size:,}, {model.moe.num_experts} experts of which "
+        f"{model.moe.top_k} serve a token, vocabulary of {model.vocab_size:,}"
+    )
+    recipe = "" if run.config.recipe == run.config.name else f"recipe {escape(run.config.recipe)} · "
+    tiles = "".join(
+        f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for value, label in _tiles(run)
+    )
+    return (
+        f'<h1>{escape(run.config.name)}</h1><p class="lead">{recipe}{shape}.</p>'
+        f'<p class="verdict">{_verdict(run, summaries)}</p>'
+        f'<div class="tiles">{tiles}</div>{_table(run, summaries)}'
+    )
+
+
+def _tiles(run: RunData) -> list[tuple[str, str]]:
+    """Return the large figures at the top: value and label."""
+    tiles: list[tuple[str, str]] = []
+    held_out = (run.last_evaluation() or {}).get("held_out") or {}
+    if held_out.get("loss") is not None:
+        tiles.append((f"{held_out['loss']:.3f}", "held-out loss, nats per token"))
+        if held_out.get("unigram") is not None:
+            tiles.append(
+                (f"{held_out['unigram'] - held_out['loss']:+.2f}", "nats below the unigram baseline")
+            )
+    model = run.config.model
+    active = f"{quantity(active_parameters(model).total)} active per token"
+    tiles.append((quantity(parameters(model).total), f"parameters, {active}"))
+    if run.records:
+        last = run.records[-1]
+        tiles.append((quantity(last["tokens"]), f"tokens in {last['step']:,} steps"))
+        tiles.append((duration(sum(r["timing"]["seconds"] for r in run.records)), "in optimizer steps"))
+        rates = [r["timing"].get("tokens_per_second") for r in run.records]
+        known = [rate for rate in rates if rate is not None]
+        if known:
+            tiles.append((quantity(median(known)), "tokens per second (median)"))
+    return tiles
+
+
+def _verdict(run: RunData, summaries: list[StageSummary]) -> str:
+    """Return what the run came to, in a sentence or two."""
+    planned = sum(stage.num_tokens for stage in run.config.stages.values())
+    seen = run.records[-1]["tokens"] if run.records else 0
+    state = (
+        "finished"
+        if seen >= planned
+        else f"stands at {seen / max(1, planned):.0%} of its {quantity(planned)} tokens"
+    )
+    sentences = [f"The run {state}."]
+    held_out = (run.last_evaluation() or {}).get("held_out") or {}
+    if held_out.get("loss") is not None:
+        sentences.append(
+            f"Held-out text costs {held_out['loss']:.2f} nats per token, against {held_out['bigram']:.2f} "
+            f"for bigrams, "
+            f"{held_out['unigram']:.2f} for single tokens and {held_out['uniform']:.2f} for guessing."
+        )
+    beyond = [
+        (stage, stage.before.beyond, stage.after.beyond)
+        for stage in summaries
+        if stage.before is not None and stage.after is not None
+    ]
+    measured = [found for found in beyond if found[1] is not None and found[2] is not None]
+    if measured:
+        stage, before, after = measured[-1]
+        sentences.append(
+            f"Training on sequences of {stage.seq_len:,} tokens took the loss at positions beyond "
+            f"{stage.previous_length:,} from {before:.2f} to {after:.2f}."
+        )
+    return " ".join(sentences)
+
+
+def _table(run: RunData, summaries: list[StageSummary]) -> str:
+    colours = stage_colours(run)
+    heads = [
+        "stage",
+        "sequence",
+        "tokens",
+        "steps",
+        "time",
+        "train loss",
+        "held-out loss",
+        "beyond the stage before",
+        "needle found",
+    ]
+    rows = []
+    for s in summaries:
+        skipped = f' <span class="bad">({s.skipped} skipped)</span>' if s.skipped else ""
+        cells = [
+            f'<span class="dot" style="background:{colours[s.name]}"></span>{escape(s.name)}',
+            f"{s.seq_len:,}",
+            quantity(s.tokens),
+            f"{s.steps:,}{skipped}",
+            duration(s.seconds),
+            _cell(s.final_loss, ".3f"),
+            _change(s, "held_out", ".3f", lower_is_better=True),
+            _change(s, "beyond", ".3f", lower_is_better=True),
+            _change(s, "needle", ".0%", lower_is_better=False),
+        ]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _change(summary: StageSummary, key: str, spec: str, *, lower_is_better: bool) -> str:
+    """Return "before → after", the latter coloured by whether it is better."""
+    before = getattr(summary.before, key, None)
+    after = getattr(summary.after, key, None)
+    if after is None:
+        return _cell(before, spec)
+    if before is None:
+        return _cell(after, spec)
+    better = after == before or (after < before) == lower_is_better
+    verdict = "good" if better else "bad"
+    return f'<span class="from">{before:{spec}} →</span> <span class="{verdict}">{after:{spec}}</span>'
+
+
+def _cell(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def main() -> None:
+    """Write the report of the run named on the command line and print where it is."""
+    parser = argparse.ArgumentParser(prog="python -m train.report", description="Write report.html of a run.")
+    parser.add_argument("run", type=Path, help="the run's directory, such as runs/smoke")
+    arguments = parser.parse_args()
+    with exit_cleanly():
+        print(write_report(arguments.run))
+
+
+if __name__ == "__main__":
+    main()

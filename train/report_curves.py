@@ -1,0 +1,211 @@
+"""Figures over the course of training: losses, schedules and gradient norm."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+from train.report_page import Panel
+from train.report_timeline import BLUE, GREY, ORANGE, PURPLE, RED, TEAL, Timeline, Values
+from train.run_data import RunData
+
+
+def loss_panel(run: RunData, timeline: Timeline) -> Panel:
+    """Return training losses of the main model and each MTP depth, with the baselines and held-out losses."""
+    main = timeline.values(lambda record: record["loss"])
+    depths = max((len(record.get("mtp_loss") or []) for record in run.records), default=0)
+    traces = [
+        timeline.line(
+            main, name="each step", opacity=0.3, line={"color": BLUE, "width": 1}, hoverinfo="skip"
+        ),
+        timeline.line(
+            timeline.smooth(main),
+            name="loss",
+            line={"color": BLUE, "width": 2.5},
+            with_step=True,
+            hovertemplate="%{y:.3f} (step %{customdata:,})",
+        ),
+    ]
+    for depth in range(depths):
+        values = timeline.values(lambda record, depth=depth: _nth(record.get("mtp_loss"), depth))
+        dash = ("solid", "dash", "dot")[depth % 3]
+        traces.append(
+            timeline.line(
+                timeline.smooth(values),
+                name=f"MTP depth {depth + 1}",
+                line={"color": ORANGE, "width": 1.8, "dash": dash},
+                hovertemplate="%{y:.3f}",
+            )
+        )
+    traces += _held_out_markers(run, timeline)
+    figure = timeline.figure(traces, y="nats per token")
+    _add_baselines(run, figure, main)
+    return Panel(
+        title="Loss",
+        figure=figure,
+        wide=True,
+        height=430,
+        caption="Lower is better. The pale line is every step, the strong one its moving average. An MTP "
+        "line is "
+        "the loss of the head that looks one token further ahead, so it lies above. Diamonds are held-out "
+        "text: "
+        "hollow before a stage, filled after it. The dotted lines are what a model would reach that knew "
+        "only how "
+        "often each token, or each pair of tokens, occurs.",
+    )
+
+
+def schedule_panels(timeline: Timeline) -> list[Panel]:
+    """Return the learning rate, the batch, and the two weights that change by schedule."""
+    lr = timeline.values(lambda record: record["lr"])
+    batch = timeline.values(lambda record: record["batch_size"] * record["seq_len"])
+    batch_line = timeline.line(
+        batch, name="tokens", line={"color": TEAL, "width": 2, "shape": "hv"}, hovertemplate="%{y:,} tokens"
+    )
+    style = {"width": 2, "shape": "hv"}
+    right_axis = {
+        "overlaying": "y",
+        "side": "right",
+        "title": {"text": "γ"},
+        "showgrid": False,
+        "rangemode": "tozero",
+        "exponentformat": "power",
+        "nticks": 5,
+    }
+    weight = timeline.values(lambda record: record["mtp_weight"])
+    speed = timeline.values(lambda record: record["bias_speed"])
+    return [
+        Panel(
+            title="Learning rate",
+            figure=timeline.figure(
+                [
+                    timeline.line(
+                        lr,
+                        name="learning rate",
+                        line={"color": BLUE, "width": 2},
+                        with_step=True,
+                        hovertemplate="%{y:.3g} (step %{customdata:,})",
+                    )
+                ],
+                y="learning rate",
+                showlegend=False,
+            ),
+            caption="Warm-up and decay of every stage. A kink in the loss above should find its cause here "
+            "or in the batch.",
+        ),
+        Panel(
+            title="Batch",
+            figure=timeline.figure([batch_line], y="tokens per step", showlegend=False),
+            caption="Tokens per optimizer step: sequences times their length. Longer sequences usually "
+            "come with fewer of them.",
+        ),
+        Panel(
+            title="MTP weight and bias speed",
+            figure=timeline.figure(
+                [
+                    timeline.line(weight, name="MTP weight λ", line={"color": ORANGE, **style}),
+                    timeline.line(speed, name="bias speed γ", line={"color": PURPLE, **style}, yaxis="y2"),
+                ],
+                y="λ",
+                yaxis2=right_axis,
+            ).update_layout(margin={"r": 58}),
+            caption="How much the multi-token prediction loss counts, and how fast the router's biases "
+            "move towards "
+            "balance. At γ = 0 the biases are frozen.",
+        ),
+    ]  # fmt: skip
+
+
+def stability_panel(run: RunData, timeline: Timeline) -> Panel:
+    """Return the gradient norm with the clipping threshold, and the steps that were skipped."""
+    norm = timeline.values(lambda record: record.get("grad_norm"))
+    clip = run.config.optimizer.max_grad_norm
+    traces = [
+        timeline.line(
+            norm, name="each step", opacity=0.35, line={"color": PURPLE, "width": 1}, hoverinfo="skip"
+        ),
+        timeline.line(
+            timeline.smooth(norm),
+            name="gradient norm",
+            line={"color": PURPLE, "width": 2.2},
+            with_step=True,
+            hovertemplate="%{y:.3g} (step %{customdata:,})",
+        ),
+    ]
+    skipped = [i for i, record in enumerate(run.records) if record["skipped"]]
+    if skipped:
+        # A skipped step has no finite norm of its own: it is marked at the height of its neighbours.
+        height = timeline.smooth(norm)[skipped]
+        traces.append(
+            go.Scatter(
+                x=timeline.tokens[skipped],
+                y=height,
+                mode="markers",
+                name="skipped step",
+                marker={"symbol": "x", "size": 10, "color": RED},
+                customdata=timeline.steps[skipped],
+                hovertemplate="step %{customdata:,}: not finite",
+            )
+        )
+    figure = timeline.figure(traces, y="gradient norm")
+    figure.update_yaxes(type="log", exponentformat="none")
+    if np.isfinite(clip):
+        figure.add_hline(
+            y=clip,
+            line={"color": GREY, "dash": "dot", "width": 1},
+            annotation_text=f"clipped above {clip:g}",
+            annotation_font_size=11,
+            annotation_position="bottom right",
+        )
+    share = f"{np.mean(norm[np.isfinite(norm)] > clip):.0%}" if np.isfinite(norm).any() else "none"
+    return Panel(
+        title="Gradient norm",
+        figure=figure,
+        caption=f"Before clipping, on a logarithmic axis; {share} of the steps were clipped and "
+        f"{len(skipped)} skipped "
+        "because loss or gradient was not finite. A norm that climbs for long is the first sign of "
+        "instability.",
+    )
+
+
+def _held_out_markers(run: RunData, timeline: Timeline) -> list[go.Scatter]:
+    traces = []
+    for when, symbol in (("before", "diamond-open"), ("after", "diamond")):
+        found = [r for (_, w), r in run.evaluations.items() if w == when and r.get("held_out")]
+        if found:
+            traces.append(
+                go.Scatter(
+                    x=[result["tokens"] for result in found],
+                    y=[result["held_out"]["loss"] for result in found],
+                    mode="markers",
+                    name=f"held-out, {when} the stage",
+                    marker={
+                        "symbol": symbol,
+                        "size": 11,
+                        "color": [timeline.colours.get(result["stage"], GREY) for result in found],
+                        "line": {"width": 2},
+                    },
+                    text=[f"{result['held_out']['loss']:.3f} ({result['stage']})" for result in found],
+                    hovertemplate="%{text}",
+                )
+            )
+    return traces
+
+
+def _add_baselines(run: RunData, figure: go.Figure, losses: Values) -> None:
+    result = run.last_evaluation()
+    top = np.nanmax(losses) if np.isfinite(losses).any() else np.inf
+    for name in ("uniform", "unigram", "bigram"):
+        value = ((result or {}).get("held_out") or {}).get(name)
+        if value is not None and value <= top * 1.05:
+            figure.add_hline(
+                y=value,
+                line={"color": GREY, "dash": "dot", "width": 1.3},
+                annotation_text=f"{name} {value:.2f}",
+                annotation_position="top right",
+                annotation_font_size=11,
+            )
+
+
+def _nth(values: Sequence[float | None] | None, index: int) -> float | None:
+    return values[index] if values and index < len(values) else None
