@@ -58,10 +58,11 @@ _Packed = Tensor | _Recipe | _Internal
 
 
 def _pack(tensor: Tensor) -> _Packed:
-    """Return the recipe of a region's output, any other tensor as it is."""
+    """Return the recipe of a region's output, any other tensor without its graph."""
     origin: tuple[_Region, int, torch.dtype] | None = getattr(tensor.untyped_storage(), "_region", None)
     if origin is None or origin[2] != tensor.dtype:
-        return tensor
+        # an operation may save its own output, whose graph would hold the operation in a circle
+        return tensor.detach()
     return _Recipe(origin[0], origin[1], tensor)
 
 
@@ -74,8 +75,7 @@ class _Region:
 
     def __init__(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
         self._function = function
-        # detached: a region must not keep the graph alive that keeps it alive
-        self._inputs: list[_Packed] = [_pack(tensor.detach()) for tensor in inputs]
+        self._inputs: list[_Packed] = [_pack(tensor) for tensor in inputs]
         self._outputs: tuple[Tensor, ...] | None = None
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
