@@ -146,6 +146,8 @@ class SafetensorsReader(StorageReader):
                     )
                     source = shard.get_slice(key)[box] if box else shard.get_tensor(key)
                     target = planner.resolve_tensor(item).detach()
+                    if source.shape != target.shape:  # copy_ would broadcast
+                        raise RunError(f"{file}: {key} has another shape than {METADATA_FILE} says")
                     target.copy_(source)
                     planner.commit_tensor(item, target)
         done: Future[None] = Future()

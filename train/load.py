@@ -110,7 +110,7 @@ def stage_of(saved: SavedCheckpoint) -> str:
 
 
 def fill(model: Transformer, folder: Path, *, weights: Weights) -> None:
-    """Copy a checkpoint's weights into a model, proving that every tensor of both is matched; else RunError."""
+    """Copy a checkpoint's weights into a model. RunError unless every tensor of both is matched."""
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if weights is Weights.MODEL:
         load_tensors(folder, _named("model", state), prefix="model.")
@@ -141,7 +141,7 @@ def _of_run(run: Path, *, stage: str | None) -> SavedCheckpoint:
 def _of_folder(path: Path) -> SavedCheckpoint:
     if not (path / MANIFEST_FILE).exists():
         raise RunError(
-            f"{path} is neither a run directory (it has no checkpoints/) nor a checkpoint (no {MANIFEST_FILE})"
+            f"{path} is no run directory (it has no checkpoints/) and no checkpoint (no {MANIFEST_FILE})"
         )
     try:
         return verify(path)
