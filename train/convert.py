@@ -1,7 +1,7 @@
 """Between runs and DeepSeek's open-weights format.
 
 `python -m train.convert to-hf SRC DST`: a run or checkpoint to a folder that inference engines load.
-`python -m train.convert from-hf SRC DST`: such a folder to a run that `init_from=DST`, evaluate and generate read.
+`python -m train.convert from-hf SRC DST`: such a folder to a run that `init_from=DST` and every tool reads.
 """
 
 import argparse

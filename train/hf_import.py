@@ -102,7 +102,7 @@ def _refuse_absent_mtp(folder: HfFolder, config: ModelConfig) -> None:
     if config.num_mtp_layers and not any(is_mtp_tensor(name, config) for name in folder.tensors):
         raise WeightsError(
             f"{folder.path / CONFIG_FILE}: num_nextn_predict_layers={config.num_mtp_layers}, but no "
-            f"file has a tensor of model.layers.{config.num_layers}; use --without-mtp to do without MTP modules"
+            f"file has a tensor of model.layers.{config.num_layers}; use --without-mtp to do without them"
         )
 
 
