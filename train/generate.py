@@ -4,13 +4,13 @@ Text goes to stdout and nothing else does; counts, speed and the acceptance rate
 On a terminal a single text appears token by token.
 
     python -m train.generate runs/smoke --prompt "import os" --mtp
-    python -m train.generate runs/smoke@pretrain_4k --file prompts.txt --temperature 0.8 --top-p 0.95 --count 4
+    python -m train.generate runs/smoke@pretrain_4k --file prompts.txt --temperature 0.8 --count 4
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loaded = load_model(options.path, device=pick_device(RunConfig(device=options.device)))
         if options.mtp and loaded.config.model.num_mtp_layers == 0:
             raise RunError(
-                "--mtp drafts with the model's MTP layers, but this model has model.num_mtp_layers=0; leave --mtp out"
+                "--mtp drafts with the model's MTP layers, but this one has model.num_mtp_layers=0; "
+                "leave --mtp out"
             )
         requests = make_requests(loaded, prompts, count=options.count, seed=options.seed)
         room = _room(loaded, requests, options.max_new_tokens)
@@ -76,8 +77,8 @@ def make_requests(loaded: LoadedModel, prompts: Sequence[str], *, count: int, se
         tokens = loaded.tokenizer.encode(prompt) or [loaded.tokenizer.eos_id]
         if len(tokens) >= seq_len:
             raise RunError(
-                f"the prompt {prompt[:40]!r}… has {len(tokens)} tokens, but stage {loaded.stage_name} of this model "
-                f"was trained on sequences of {seq_len}; give fewer than {seq_len}, or a checkpoint of a longer stage"
+                f"the prompt {prompt[:40]!r}… has {len(tokens)} tokens, but stage {loaded.stage_name} "
+                f"trained on sequences of {seq_len}; give fewer than {seq_len}, or a checkpoint of a longer stage"
             )
         requests += [Request(prompt=prompt, tokens=tokens, seed=seed + i) for i in range(count)]
     return requests
@@ -89,8 +90,8 @@ def _room(loaded: LoadedModel, requests: Sequence[Request], wanted: int) -> int:
     room = min(wanted, seq_len - max(len(request.tokens) for request in requests))
     if room < wanted:
         print(
-            f"note: {room} new tokens instead of {wanted}: stage {loaded.stage_name} was trained on sequences of "
-            f"{seq_len} tokens",
+            f"note: {room} new tokens instead of {wanted}, as stage {loaded.stage_name} trained on sequences "
+            f"of {seq_len} tokens",
             file=sys.stderr,
         )
     return room
