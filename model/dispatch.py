@@ -49,7 +49,7 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Return every choice of every token as a row, sorted by expert."""
         order = sort_by_expert(routing.indices_TA)
-        row_weights_R = routing.weights_TA.flatten()[order.choice_R]
+        row_weights_R = routing.weights_TA.flatten().gather(0, order.choice_R)
         return Dispatched(permute(x_TD, order), row_weights_R, host_counts(routing.load_E), order)
 
     def combine(self, rows_RD: Tensor, dispatched: Dispatched) -> Tensor:

@@ -79,7 +79,7 @@ class MultiHeadLatentAttention(nn.Module):
         project = self.wq if self.config.q_lora_rank is None else self.wq_b
         q_BSHK = project(latent_BSQ).unflatten(-1, (-1, self.nope + self.rope))
         nope_BSHN, rope_BSHP = q_BSHK.split((self.nope, self.rope), dim=-1)
-        return torch.cat((nope_BSHN, apply_rope(rope_BSHP, table_BS2F)), dim=-1)
+        return _head_major(nope_BSHN, apply_rope(rope_BSHP, table_BS2F))
 
     def compress_memory(self, x_BSD: Tensor, table_BS2F: Tensor, positions_BS: Tensor) -> Memory:
         """Return what each token leaves behind: its normalised latent and the rotated shared key part."""
@@ -93,8 +93,16 @@ class MultiHeadLatentAttention(nn.Module):
         kv_BMHX = self.wkv_b(latent_BMC).unflatten(-1, (-1, self.nope + self.value))
         nope_BMHN, v_BMHU = kv_BMHX.split((self.nope, self.value), dim=-1)
         k_rope_BMHP = k_rope_BMP[:, :, None].expand(-1, -1, nope_BMHN.shape[2], -1)
-        return torch.cat((nope_BMHN, k_rope_BMHP), dim=-1), v_BMHU
+        return _head_major(nope_BMHN, k_rope_BMHP), _head_major(v_BMHU)
 
     def output(self, o_BSHU: Tensor) -> Tensor:
         """Return the output projection [B, S, D] of the heads' results."""
         return self.wo(o_BSHU.flatten(2))
+
+
+def _head_major(*parts_BSHX: Tensor) -> Tensor:
+    """Return the parts side by side as a [B, S, H, X] view of [B, H, S, X] memory.
+
+    The copy is needed anyway; in this order the attention's batched products read it as it lies.
+    """
+    return torch.cat([part_BSHX.transpose(1, 2) for part_BSHX in parts_BSHX], dim=-1).transpose(1, 2)
