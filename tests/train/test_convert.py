@@ -452,9 +452,7 @@ def test_a_full_disk_leaves_nothing_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("nowhere", "does not exist"), ("empty", "no manifest.json")]
-)
+@pytest.mark.parametrize(("name", "words"), [("nowhere", "does not exist"), ("empty", "no manifest.json")])
 def test_sources_that_are_no_run(
     name: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
