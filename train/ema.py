@@ -21,7 +21,7 @@ class Ema:
 
     def __init__(self, weights: Mapping[str, Tensor], *, decay: float) -> None:
         self._decay = decay
-        self._average = {name: _on_cpu(tensor).clone() for name, tensor in weights.items()}
+        self.restart(weights)
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
@@ -35,6 +35,10 @@ class Ema:
             raise ValueError(f"the average and the weights differ in {', '.join(differing)}")
         for name, average in self._average.items():
             average.lerp_(_on_cpu(weights[name]), 1.0 - self._decay)
+
+    def restart(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin the average anew at `weights`."""
+        self._average = {name: _on_cpu(tensor).clone() for name, tensor in weights.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the average by checkpoint name "ema.<name>"; writing into the tensors restores it."""

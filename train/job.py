@@ -11,10 +11,12 @@ from rich.console import Console
 from data.dataset import TrainingData
 from data.loader import Batches
 from train.build import StageParts, build_stage, pick_device
-from train.checkpoint import CheckpointManager, SavedCheckpoint
+from train.checkpoint import CheckpointManager, newest_intact
 from train.config import CarryOver, RunConfig
 from train.errors import EXIT_STOPPED, RunError
 from train.init_from import load_initial_weights
+from train.load import find_checkpoint
+from train.manifest import SavedCheckpoint
 from train.resume import check_resumable, fingerprint
 from train.signals import StopRequest
 from train.sinks import Sinks, open_sinks
@@ -36,19 +38,21 @@ class Job:
         self.config = config
         self.run_dir = run_dir
         self.device = pick_device(config)
-        self.checkpoints = CheckpointManager(
-            run_dir / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            asynchronous=config.checkpoint.asynchronous,
-        )
-        self.saved = self.checkpoints.latest()
-        self.state = TrainState.from_dict(self.saved.progress) if self.saved else TrainState()
+        saved = newest_intact(run_dir / "checkpoints")
+        self.state = TrainState.from_dict(saved.progress) if saved else TrainState()
         self.todo = remaining(config, self.state)
         for stage in self.todo:
             self.open_data(stage, start={})
         if self.todo and self.state.stage == self.todo[0]:
             now = fingerprint(config, stage=self.state.stage, data=self.data_fingerprint(self.state.stage))
             check_resumable(saved=self.state.fingerprint, now=now, run_dir=str(run_dir))
+        if config.init_from and not saved:
+            find_checkpoint(Path(config.init_from))
+        self.checkpoints = CheckpointManager(
+            run_dir / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            asynchronous=config.checkpoint.asynchronous,
+        )
 
     def open_data(self, stage: str, *, start: dict[str, int]) -> TrainingData:
         """Open the training data of `stage`, whose sources begin at the tokens `start`."""

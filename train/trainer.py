@@ -12,9 +12,9 @@ import torch
 from data.loader import Batches
 from model.config import Compute
 from model.cost import flops_per_token
-from parallel.schedule import StepOutput
+from parallel.schedule import Batch, StepOutput
 from train.balance import update_router_biases
-from train.batch import Batch
+from train.batch import make_batch
 from train.build import StageParts
 from train.checkpoint import CheckpointManager
 from train.config import RunConfig
@@ -91,7 +91,7 @@ class Trainer:
     def next_batch(self, batch_size: int) -> Batch:
         """Draw the next `batch_size` samples of the stage."""
         rows = self.batches.next(batch_size)
-        return Batch.from_rows(rows, num_mtp_layers=self.config.model.num_mtp_layers, device=self.device)
+        return make_batch(rows, num_mtp_layers=self.config.model.num_mtp_layers, device=self.device)
 
     def update(self, output: StepOutput, plan: StepPlan) -> Update:
         """Clip, update weights and router biases, clear gradients; do nothing if anything is not finite."""
