@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.block import Block, BlockOutput
 from model.config import Compute, ModelConfig, Recompute, YarnConfig
+from model.embedding import Embedding
 from model.feedforward import FeedForward
 from model.linear import Linear
 from model.moe import MoE
@@ -36,18 +36,6 @@ class ModelOutput:
     hidden_KBSD: list[Tensor]
     load_LE: Tensor
     balance_loss: Tensor
-
-
-class Embedding(nn.Module):
-    """Token embedding, weight [V, D]."""
-
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the rows of the tokens, shape [..., D]."""
-        return F.embedding(tokens, self.weight)
 
 
 class Transformer(nn.Module):
