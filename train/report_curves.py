@@ -38,7 +38,7 @@ def loss_panel(run: RunData, timeline: Timeline) -> Panel:
             )
         )
     traces += _held_out_markers(run, timeline)
-    figure = timeline.figure(traces, y="nats per token")
+    figure = timeline.figure(traces, y="nats per token", wide=True)
     _add_baselines(run, figure, main)
     return Panel(
         title="Loss",
@@ -46,74 +46,73 @@ def loss_panel(run: RunData, timeline: Timeline) -> Panel:
         wide=True,
         height=430,
         caption="Lower is better. The pale line is every step, the strong one its moving average. An MTP "
-        "line is "
-        "the loss of the head that looks one token further ahead, so it lies above. Diamonds are held-out "
-        "text: "
-        "hollow before a stage, filled after it. The dotted lines are what a model would reach that knew "
-        "only how "
-        "often each token, or each pair of tokens, occurs.",
+        "line "
+        "is the loss of the head that looks one token further ahead, so it lies above. Diamonds are held-out "
+        "text: hollow before a stage, filled after it. The dotted lines are what a model would reach that "
+        "knew only how often each token, or each pair of tokens, occurs.",
     )
 
 
 def schedule_panels(timeline: Timeline) -> list[Panel]:
-    """Return the learning rate, the batch, and the two weights that change by schedule."""
-    lr = timeline.values(lambda record: record["lr"])
-    batch = timeline.values(lambda record: record["batch_size"] * record["seq_len"])
-    batch_line = timeline.line(
-        batch, name="tokens", line={"color": TEAL, "width": 2, "shape": "hv"}, hovertemplate="%{y:,} tokens"
-    )
-    style = {"width": 2, "shape": "hv"}
-    right_axis = {
-        "overlaying": "y",
-        "side": "right",
-        "title": {"text": "γ"},
-        "showgrid": False,
-        "rangemode": "tozero",
-        "exponentformat": "power",
-        "nticks": 5,
-    }
-    weight = timeline.values(lambda record: record["mtp_weight"])
-    speed = timeline.values(lambda record: record["bias_speed"])
+    """Return the learning rate, the batch and the weight of the MTP loss."""
     return [
-        Panel(
+        schedule_panel(
+            timeline,
+            timeline.values(lambda record: record["lr"]),
             title="Learning rate",
-            figure=timeline.figure(
-                [
-                    timeline.line(
-                        lr,
-                        name="learning rate",
-                        line={"color": BLUE, "width": 2},
-                        with_step=True,
-                        hovertemplate="%{y:.3g} (step %{customdata:,})",
-                    )
-                ],
-                y="learning rate",
-                showlegend=False,
-            ),
+            colour=BLUE,
+            hover="%{y:.3g}",
             caption="Warm-up and decay of every stage. A kink in the loss above should find its cause here "
-            "or in the batch.",
+            "or "
+            "in the batch.",
         ),
-        Panel(
+        schedule_panel(
+            timeline,
+            timeline.values(lambda record: record["batch_size"] * record["seq_len"]),
             title="Batch",
-            figure=timeline.figure([batch_line], y="tokens per step", showlegend=False),
-            caption="Tokens per optimizer step: sequences times their length. Longer sequences usually "
-            "come with fewer of them.",
+            y="tokens per step",
+            colour=TEAL,
+            hover="%{y:,} tokens",
+            shape="hv",
+            caption="Tokens per optimizer step: sequences times their length. Longer sequences usually come "
+            "with fewer of them.",
         ),
-        Panel(
-            title="MTP weight and bias speed",
-            figure=timeline.figure(
-                [
-                    timeline.line(weight, name="MTP weight λ", line={"color": ORANGE, **style}),
-                    timeline.line(speed, name="bias speed γ", line={"color": PURPLE, **style}, yaxis="y2"),
-                ],
-                y="λ",
-                yaxis2=right_axis,
-            ).update_layout(margin={"r": 58}),
-            caption="How much the multi-token prediction loss counts, and how fast the router's biases "
-            "move towards "
-            "balance. At γ = 0 the biases are frozen.",
+        schedule_panel(
+            timeline,
+            timeline.values(lambda record: record["mtp_weight"]),
+            title="MTP weight",
+            colour=ORANGE,
+            hover="%{y:.3g}",
+            shape="hv",
+            caption="How much the multi-token prediction loss counts beside the main loss (λ in the "
+            "DeepSeek-V3 "
+            "report).",
         ),
-    ]  # fmt: skip
+    ]
+
+
+def schedule_panel(
+    timeline: Timeline,
+    values: Values,
+    *,
+    title: str,
+    colour: str,
+    hover: str,
+    caption: str,
+    y: str = "",
+    shape: str = "linear",
+) -> Panel:
+    """Return one scheduled quantity; `shape` "hv" draws the steps of one that changes by jumps."""
+    line = timeline.line(
+        values,
+        name=title,
+        line={"color": colour, "width": 2, "shape": shape},
+        with_step=True,
+        hovertemplate=f"{hover} (step %{{customdata:,}})",
+    )
+    figure = timeline.figure([line], y=y or title.lower(), showlegend=False)
+    figure.update_yaxes(rangemode="tozero")
+    return Panel(title=title, figure=figure, caption=caption)
 
 
 def stability_panel(run: RunData, timeline: Timeline) -> Panel:
@@ -148,14 +147,19 @@ def stability_panel(run: RunData, timeline: Timeline) -> Panel:
             )
         )
     figure = timeline.figure(traces, y="gradient norm")
-    figure.update_yaxes(type="log", exponentformat="none")
+    figure.update_yaxes(type="log", dtick="D2", exponentformat="none")
     if np.isfinite(clip):
-        figure.add_hline(
-            y=clip,
-            line={"color": GREY, "dash": "dot", "width": 1},
-            annotation_text=f"clipped above {clip:g}",
-            annotation_font_size=11,
-            annotation_position="bottom right",
+        figure.add_hline(y=clip, line={"color": GREY, "dash": "dot", "width": 1})
+        # On a logarithmic axis an annotation is placed by the exponent, unlike a line.
+        figure.add_annotation(
+            x=1,
+            xref="paper",
+            xanchor="right",
+            y=float(np.log10(clip)),
+            yanchor="bottom",
+            text=f"clipped above {clip:g}",
+            showarrow=False,
+            font={"size": 11},
         )
     share = f"{np.mean(norm[np.isfinite(norm)] > clip):.0%}" if np.isfinite(norm).any() else "none"
     return Panel(
@@ -178,6 +182,7 @@ def _held_out_markers(run: RunData, timeline: Timeline) -> list[go.Scatter]:
                     x=[result["tokens"] for result in found],
                     y=[result["held_out"]["loss"] for result in found],
                     mode="markers",
+                    cliponaxis=False,
                     name=f"held-out, {when} the stage",
                     marker={
                         "symbol": symbol,

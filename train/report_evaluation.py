@@ -76,7 +76,8 @@ def _position_panel(
         )
         figure.add_vline(x=previous_length, line={"color": GREY, "dash": "dash", "width": 1})
         caption += (
-            f" The tinted part lies beyond the {previous_length:,} tokens trained on so far: there the dotted "
+            f" The tinted part lies beyond the {previous_length:,} tokens trained on so far: there the "
+            f"dotted "
             "line shows how the model fares unprepared, the solid one after this stage."
         ) + _gain(results, previous_length)
     return Panel(title=title, figure=figure, caption=caption)

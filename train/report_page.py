@@ -118,12 +118,12 @@ th:first-child, td:first-child { text-align:left; } tr:last-child td { border-bo
 .dot { display:inline-block; width:.7em; height:.7em; border-radius:50%; margin-right:.55em; }
 .from { color:var(--soft); } .good, .bad { font-weight:600; }
 .good { color:var(--good); } .bad { color:var(--bad); }
-.panels { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(500px,100%),1fr)); gap:1rem; }
-.panel { margin:0; min-width:0; background:var(--card); border:1px solid var(--line); border-radius:12px;
-  padding:1rem 1.1rem .9rem; }
-.wide { grid-column:1/-1; } .plot { width:100%; }
+.panels { display:flex; flex-wrap:wrap; gap:1rem; }
+.panel { margin:0; min-width:0; flex:1 1 min(500px,100%); background:var(--card);
+  border:1px solid var(--line); border-radius:12px; padding:1rem 1.1rem .9rem; }
+.wide, .missing { flex-basis:100%; } .plot { width:100%; }
 figcaption { color:var(--soft); font-size:.86rem; max-width:95ch; margin-top:.4rem; }
-.missing { grid-column:1/-1; margin:0; padding:.6rem 1.1rem; color:var(--soft); font-size:.9rem;
+.missing { margin:0; padding:.6rem 1.1rem; color:var(--soft); font-size:.9rem;
   border:1px dashed var(--line); border-radius:12px; }
 details { margin:2.6rem 0 1rem; } summary { cursor:pointer; color:var(--soft); }
 pre { overflow:auto; max-height:34rem; background:var(--card); border:1px solid var(--line);
@@ -143,8 +143,8 @@ const colour = name => getComputedStyle(root).getPropertyValue("--" + name).trim
 function look(div, layout) {
   const patch = { "font.color": colour("soft"), paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     "hoverlabel.bgcolor": colour("card"), "hoverlabel.bordercolor": colour("line"),
-    "hoverlabel.font.color": colour("ink"), "modebar.bgcolor": "rgba(0,0,0,0)", "modebar.color": colour("soft"),
-    "modebar.activecolor": colour("accent") };
+    "hoverlabel.font.color": colour("ink"), "modebar.bgcolor": "rgba(0,0,0,0)",
+    "modebar.color": colour("soft"), "modebar.activecolor": colour("accent") };
   for (const axis of Object.keys(layout).filter(key => /^[xy]axis/.test(key))) {
     patch[axis + ".gridcolor"] = colour("grid"); patch[axis + ".linecolor"] = colour("line");
     patch[axis + ".zerolinecolor"] = colour("grid");
@@ -170,7 +170,8 @@ document.getElementById("theme").onclick = () => setTheme(root.dataset.theme ===
 for (const div of plots) {
   const { data, layout, frames } = figures[div.dataset.figure];
   // Where there is no pointer to hover with, the buttons would cover the figure for good.
-  const config = { responsive: true, displaylogo: false, displayModeBar: matchMedia("(hover: hover)").matches && "hover",
+  const config = { responsive: true, displaylogo: false,
+    displayModeBar: matchMedia("(hover: hover)").matches && "hover",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
   Plotly.newPlot(div, { data, layout: assign(layout, look(div, layout)), frames, config });
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -49,15 +49,19 @@ class Timeline:
         return np.array([get(record) for record in self.records], dtype=np.float64)
 
     def smooth(self, values: Values) -> Values:
-        """Return a moving average over a fiftieth of each stage, unbiased at its beginning."""
+        """Return the mean over a fiftieth of the stage around each step, so that the curve lags nowhere."""
         out = np.full_like(values, np.nan)
-        for first, end in zip(self.edges, self.edges[1:], strict=False):
-            keep = 1 - 1 / max(1.0, (end - first) / 50)
-            total = weight = 0.0
-            for i in range(first, end):
-                if np.isfinite(values[i]):
-                    total, weight = keep * total + values[i], keep * weight + 1
-                out[i] = total / weight if weight else np.nan
+        for first, end in pairwise(self.edges):
+            part = values[first:end]
+            known = np.isfinite(part)
+            sums = np.concatenate(([0.0], np.cumsum(np.where(known, part, 0.0))))
+            counts = np.concatenate(([0], np.cumsum(known)))
+            half = len(part) // 100
+            low = np.maximum(np.arange(len(part)) - half, 0)
+            high = np.minimum(np.arange(len(part)) + half + 1, len(part))
+            total = (counts[high] - counts[low]).astype(np.float64)
+            total[total == 0] = np.nan
+            out[first:end] = (sums[high] - sums[low]) / total
         return out
 
     def thin(self, values: Values, *, limit: int = MAX_POINTS) -> NDArray[np.int64]:
@@ -81,9 +85,10 @@ class Timeline:
             style["customdata"] = steps
         return go.Scatter(x=x, y=y, mode="lines", connectgaps=False, **style)
 
-    def figure(self, traces: Sequence[go.Scatter], *, y: str, **layout: Any) -> go.Figure:
+    def figure(self, traces: Sequence[go.Scatter], *, y: str, wide: bool = False, **layout: Any) -> go.Figure:
         """Return a figure of curves with the stages behind them; `y` is the title of the vertical axis."""
         figure = go.Figure(traces)
+        total = max(1.0, self.tokens[-1])
         figure.update_layout(
             margin={"l": 58, "r": 16, "t": 26, "b": 44},
             hovermode="x unified",
@@ -93,35 +98,33 @@ class Timeline:
                 "exponentformat": "B",
                 "showgrid": False,
                 "showline": True,
+                "range": [-0.008 * total, 1.008 * total],
             },
             yaxis={"title": {"text": y}, "exponentformat": "power", "zeroline": False},
             **layout,
         )
-        self._mark_stages(figure)
+        # Names of stages narrower than their own text would run into each other.
+        self._mark_stages(figure, least_share=0.08 if wide else 0.17)
         return figure
 
-    def _mark_stages(self, figure: go.Figure) -> None:
+    def _mark_stages(self, figure: go.Figure, *, least_share: float) -> None:
         total = max(1.0, self.tokens[-1])
-        for i, span in enumerate(self.spans):
+        for span in self.spans:
             colour = self.colours[span.stage]
             figure.add_vrect(
                 x0=span.first, x1=span.last, fillcolor=colour, opacity=0.07, line_width=0, layer="below"
             )
-            # The name of a short stage at the right edge would run out of the figure.
-            at_end = span.first > 0.85 * total
-            figure.add_annotation(
-                x=span.last if at_end else span.first,
-                xanchor="right" if at_end else "left",
-                y=1.0,
-                yref="paper",
-                yanchor="bottom",
-                yshift=-13 * i
-                if at_end and len(self.spans) > 2 and span.last - span.first < 0.1 * total
-                else 0,
-                text=span.stage,
-                showarrow=False,
-                font={"color": colour, "size": 11},
-            )
+            if span.last - span.first >= least_share * total:
+                figure.add_annotation(
+                    x=span.first,
+                    xanchor="left",
+                    y=1.0,
+                    yref="paper",
+                    yanchor="bottom",
+                    text=span.stage,
+                    showarrow=False,
+                    font={"color": colour, "size": 11},
+                )
 
 
 def stage_colours(run: RunData) -> dict[str, str]:

@@ -20,7 +20,8 @@ def record(step: int, *, stage: str = "pretrain", **changes: object) -> dict:
         "step": step, "stage": stage, "tokens": step * 4096, "stage_tokens": step * 4096, "seq_len": 128,
         "batch_size": 32, "loss": 5.0, "mtp_loss": [5.5], "balance_loss": 1e-4, "lr": 2.2e-4,
         "mtp_weight": 0.3, "bias_speed": 0.001, "grad_norm": 0.7, "skipped": False,
-        "max_vio": {"layers.1": 0.1}, "load_entropy": {"layers.1": 0.9}, "bias_range": {"layers.1": 0.0}, "dead_experts": {"layers.1": 0},
+        "max_vio": {"layers.1": 0.1},
+        "load_entropy": {"layers.1": 0.9}, "bias_range": {"layers.1": 0.0}, "dead_experts": {"layers.1": 0},
         "timing": {"seconds": 0.5, "tokens_per_second": 8192.0, "flops_per_second": 1e9, "mfu": None,
                    "memory_gib": 1.0},
     }  # fmt: skip
