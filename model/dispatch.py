@@ -4,11 +4,14 @@ Legend: T tokens, D hidden, A experts per token, R = T * A routed rows, sorted b
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from model.config import Recompute
 from model.kernels.permute import combine, permute, sort_by_expert
+from model.recompute import region
 from model.router import Routing
 
 
@@ -44,13 +47,20 @@ def host_counts(counts_E: Tensor) -> list[int]:
 
 
 class LocalDispatcher:
-    """All experts on this device: a permutation there and back, no token dropped."""
+    """All experts on this device: a permutation there and back, no token dropped.
+
+    The rows are copies of a norm's output, so where that is recomputed, so are they.
+    """
+
+    def __init__(self, recompute: Recompute = Recompute.NONE) -> None:
+        self.recompute = recompute
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Return every choice of every token as a row, sorted by expert."""
         order = sort_by_expert(routing.indices_TA)
         row_weights_R = routing.weights_TA.flatten().gather(0, order.choice_R)
-        return Dispatched(permute(x_TD, order), row_weights_R, host_counts(routing.load_E), order)
+        rows_RD = region(self.recompute, partial(permute, order=order), x_TD)
+        return Dispatched(rows_RD, row_weights_R, host_counts(routing.load_E), order)
 
     def combine(self, rows_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """Return the sum of the A rows of each token, added up in FP32; [T, D]."""

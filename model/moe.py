@@ -35,7 +35,7 @@ class MoE(nn.Module):
         if moe.num_shared_experts > 0:
             width = moe.num_shared_experts * moe.intermediate_size
             self.shared_experts = FeedForward(config.hidden_size, width, dtype=dtype, recompute=recompute)
-        self.dispatcher: TokenDispatcher = LocalDispatcher()
+        self.dispatcher: TokenDispatcher = LocalDispatcher(recompute)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
         """Return the layer's output [B, S, D] and the routing it followed."""

@@ -115,6 +115,7 @@ class CountingDispatcher(LocalDispatcher):
     """Counts what would be communication."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.calls = 0
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
