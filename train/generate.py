@@ -78,7 +78,7 @@ def make_requests(loaded: LoadedModel, prompts: Sequence[str], *, count: int, se
         if len(tokens) >= seq_len:
             raise RunError(
                 f"the prompt {prompt[:40]!r}… has {len(tokens)} tokens, but stage {loaded.stage_name} "
-                f"trained on sequences of {seq_len}; give fewer than {seq_len}, or a checkpoint of a longer stage"
+                f"trained on sequences of {seq_len}; give fewer, or a checkpoint of a longer stage"
             )
         requests += [Request(prompt=prompt, tokens=tokens, seed=seed + i) for i in range(count)]
     return requests

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.config import YarnConfig
 from model.generate import generate
 from model.sampling import SamplingRule, draw, token_probabilities
 from model.speculate import Verdict, generate_with_mtp, verify
@@ -32,7 +33,7 @@ def chi_square(counts: Tensor, probabilities: Tensor) -> float:
 @pytest.mark.parametrize("yarn", [None, YARN])
 @pytest.mark.parametrize("num_dense_layers", [1, 3])
 def test_greedy_tokens_are_those_without_mtp(
-    num_mtp_layers: int, yarn: object, num_dense_layers: int
+    num_mtp_layers: int, yarn: YarnConfig | None, num_dense_layers: int
 ) -> None:
     model = make_model(
         num_mtp_layers=num_mtp_layers, yarn=yarn, num_dense_layers=num_dense_layers, vocab_size=5

@@ -94,7 +94,7 @@ def test_text_ends_at_the_length_of_the_stage(run_dir: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "alpha " * 300], "give fewer than 256, or a checkpoint of a longer stage"),
+        (["--prompt", "alpha " * 300], "sequences of 256; give fewer, or a checkpoint of a longer stage"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature=-1.0 must be finite and not negative"),
         (["--prompt", "x", "--top-p", "0"], "--top-p=0.0 must lie in (0, 1]"),
         (["--prompt", "x", "--count", "0"], "--count=0 must be at least 1"),
