@@ -78,11 +78,16 @@ class Transformer(nn.Module):
         )
 
     def forward(self, tokens_BKS: Tensor, positions_BS: Tensor, *, balance_scale: float = 0.0) -> ModelOutput:
-        """Return the hidden states of the main model and of every MTP depth.
+        """Return the hidden states of the main model and of the MTP depths that tokens are given for.
 
         tokens_BKS[:, k, i] is token i + k of the sequence, int64; positions_BS int64, increasing in each row.
+        K = 1 runs the main model alone; depths left out are missing in every part of the output. Raises
+        ValueError for more depths than there are.
         balance_scale: the gradient given to the balance losses where they arise; 0 leaves them out.
         """
+        depths = tokens_BKS.shape[1] - 1
+        if not 0 <= depths <= len(self.mtp):
+            raise ValueError(f"tokens for {depths} MTP depths, but num_mtp_layers={len(self.mtp)}")
         table_BS2F = self.rope(positions_BS)
         # one lookup for all depths: its gradient, as large as the table, is then made once
         embeddings_KBSD = self.embed(tokens_BKS.transpose(0, 1).contiguous()).unbind(0)
@@ -92,7 +97,7 @@ class Transformer(nn.Module):
             outputs.append(layer(x_BSD, table_BS2F, positions_BS, balance_scale=balance_scale))
             x_BSD = outputs[-1].x_BSD
         hidden_KBSD = [self.norm(x_BSD)]
-        for embedding_BSD, layer in zip(embeddings_KBSD[1:], self.mtp.values(), strict=True):
+        for embedding_BSD, layer in zip(embeddings_KBSD[1:], self.mtp.values(), strict=False):
             outputs.append(
                 layer(embedding_BSD, hidden_KBSD[-1], table_BS2F, positions_BS, balance_scale=balance_scale)
             )

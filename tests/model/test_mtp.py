@@ -75,3 +75,17 @@ def test_depth_k_sees_tokens_up_to_i_plus_k_and_no_further() -> None:
         first = place - depth  # the first position whose depth-k state has read the changed token
         assert relative(after[:, :first], before[:, :first]) < 1e-6
         assert relative(after[:, first], before[:, first]) > 1e-3
+
+
+def test_depths_without_tokens_are_left_out() -> None:
+    config = small(num_mtp_layers=2)
+    model = Transformer(config)
+    randomize(model, seed=4)
+    tokens_BKS = torch.randint(config.vocab_size, (1, 3, S), generator=torch.Generator().manual_seed(5))
+    positions_BS = torch.arange(S)[None]
+    whole, main = model(tokens_BKS, positions_BS), model(tokens_BKS[:, :1], positions_BS)
+    assert len(main.hidden_KBSD) == 1
+    assert torch.equal(main.hidden_KBSD[0], whole.hidden_KBSD[0])
+    assert torch.equal(main.load_LE, whole.load_LE[:2])
+    with pytest.raises(ValueError, match="num_mtp_layers=2"):
+        model(tokens_BKS[:, [0, 1, 2, 2]], positions_BS)
