@@ -141,6 +141,21 @@ def test_keeps_the_last_and_the_permanent(folder: Path) -> None:
     assert names(folder) == [f"stage-{step:08d}" for step in (2, 3, 6, 7)]
 
 
+def test_a_checkpoint_is_renamed_before_it_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies while it removes files never leaves half a checkpoint under its name."""
+    removed: list[str] = []
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, ignore_errors: path.exists() and removed.append(path.name)
+    )
+    manager = CheckpointManager(folder, keep_last=1, asynchronous=False)
+    for step in (1, 2, 2):
+        save(manager, step)
+    assert {name.rpartition("-")[0].rpartition("-")[0] for name in removed} == {
+        "stage-00000001.removed",
+        "stage-00000002.replaced",
+    }
+
+
 def test_a_checkpoint_of_the_same_name_is_replaced(folder: Path) -> None:
     manager = CheckpointManager(folder, keep_last=2, asynchronous=False)
     save(manager, 1)
