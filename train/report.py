@@ -59,8 +59,7 @@ def _sections(run: RunData) -> list[Section]:
         Section(
             title="Learning",
             lead="All curves run over the tokens seen; the tinted bands are the stages. Drag to zoom, "
-            "double-click to "
-            "return, click a name in a legend to hide its curve.",
+            "double-click to return, click a name in a legend to hide its curve.",
             panels=[loss_panel(run, timeline), *schedule_panels(timeline), stability_panel(run, timeline)],
         ),
         evaluation,
@@ -98,9 +97,9 @@ def _tiles(run: RunData) -> list[tuple[str, str]]:
     if held_out.get("loss") is not None:
         tiles.append((f"{held_out['loss']:.3f}", "held-out loss, nats per token"))
         if held_out.get("unigram") is not None:
-            tiles.append(
-                (f"{held_out['unigram'] - held_out['loss']:+.2f}", "nats below the unigram baseline")
-            )
+            below = held_out["unigram"] - held_out["loss"]
+            side = "below" if below >= 0 else "above"
+            tiles.append((f"{abs(below):.2f}", f"nats {side} the unigram baseline"))
     model = run.config.model
     active = f"{quantity(active_parameters(model).total)} active per token"
     tiles.append((quantity(parameters(model).total), f"parameters, {active}"))
@@ -129,8 +128,8 @@ def _verdict(run: RunData, summaries: list[StageSummary]) -> str:
     if held_out.get("loss") is not None:
         sentences.append(
             f"Held-out text costs {held_out['loss']:.2f} nats per token, against {held_out['bigram']:.2f} "
-            f"for bigrams, "
-            f"{held_out['unigram']:.2f} for single tokens and {held_out['uniform']:.2f} for guessing."
+            f"for bigrams, {held_out['unigram']:.2f} for single tokens and {held_out['uniform']:.2f} for "
+            "guessing."
         )
     beyond = [
         (stage, stage.before.beyond, stage.after.beyond)
@@ -157,7 +156,7 @@ def _table(run: RunData, summaries: list[StageSummary]) -> str:
         "time",
         "train loss",
         "held-out loss",
-        "beyond the stage before",
+        "beyond previous length",
         "needle found",
     ]
     rows = []

@@ -25,29 +25,25 @@ def balance_panels(run: RunData, timeline: Timeline) -> list[Panel]:
         _layer_panel(
             timeline, layers, "max_vio", title="MaxVio per layer", y="MaxVio", wide=True,
             caption="How far the busiest expert of a layer lies above the mean: 0 is perfect balance, 1 "
-            "means that one "
-            "expert gets twice its share and everyone waits for it. It should fall while the biases learn, "
-            "and stay "
-            "down. Averaged over time; every step is in metrics.jsonl.",
+            "means that one expert gets twice its share and everyone waits for it. It should fall "
+            "while the biases learn, and stay down. Averaged over time; every step is in "
+            "metrics.jsonl.",
         ),
         _layer_panel(
             timeline, layers, "load_entropy", title="Load entropy", y="entropy / log E",
-            caption="1 when all experts of a layer are used alike, 0 when a single one takes everything. "
-            "It sees the "
-            "whole distribution where MaxVio sees the worst expert only.",
+            caption="1 when all experts of a layer are used alike, 0 when a single one takes everything. It "
+            "sees the whole distribution where MaxVio sees the worst expert only.",
         ),
         _layer_panel(
             timeline, layers, "bias_range", title="Spread of the router bias", y="max − min",
-            caption="How far the biases had to move apart to balance the layer. A spread that never "
-            "settles means that "
-            "the router keeps pulling in one direction.",
+            caption="How far the biases had to move apart to balance the layer. A spread that never settles "
+            "means that the router keeps pulling in one direction.",
         ),
         schedule_panel(
-            timeline, timeline.values(lambda record: record.get("bias_speed")), title="Bias speed", colour=PURPLE,
-            hover="%{y:.3g}", shape="hv",
+            timeline, timeline.values(lambda record: record.get("bias_speed")),
+            title="Bias speed", y="γ", colour=PURPLE, hover="%{y:.3g}", shape="hv",
             caption="How far a router bias moves each step towards balance (γ in the DeepSeek-V3 report). "
-            "At 0 the "
-            "biases are frozen.",
+            "At 0 the biases are frozen.",
         ),
         _balance_loss_panel(timeline),
         _dead_panel(timeline, layers),
@@ -96,8 +92,7 @@ def _balance_loss_panel(timeline: Timeline) -> Panel:
         title="Balance loss",
         figure=timeline.figure([line], y="balance loss", showlegend=False),
         caption="The sequence-wise auxiliary loss, already weighted: the small push that keeps single "
-        "sequences "
-        "from flooding one expert.",
+        "sequences from flooding one expert.",
     )
 
 
@@ -131,6 +126,5 @@ def _dead_panel(timeline: Timeline, layers: list[str]) -> Panel:
         title="Dead experts",
         figure=figure,
         caption="Experts of all layers that no token of a step was sent to. An expert that stays dead "
-        "learns nothing and "
-        "wastes its memory; the bias should bring it back.",
+        "learns nothing and wastes its memory; the bias should bring it back.",
     )

@@ -46,10 +46,10 @@ def loss_panel(run: RunData, timeline: Timeline) -> Panel:
         wide=True,
         height=430,
         caption="Lower is better. The pale line is every step, the strong one its moving average. An MTP "
-        "line "
-        "is the loss of the head that looks one token further ahead, so it lies above. Diamonds are held-out "
-        "text: hollow before a stage, filled after it. The dotted lines are what a model would reach that "
-        "knew only how often each token, or each pair of tokens, occurs.",
+        "line is the loss of the head that looks one token further ahead, so it lies above. "
+        "Diamonds are held-out text: hollow before a stage, filled after it. The dotted lines are "
+        "what a model would reach that knew only how often each token, or each pair of tokens, "
+        "occurs.",
     )
 
 
@@ -63,8 +63,7 @@ def schedule_panels(timeline: Timeline) -> list[Panel]:
             colour=BLUE,
             hover="%{y:.3g}",
             caption="Warm-up and decay of every stage. A kink in the loss above should find its cause here "
-            "or "
-            "in the batch.",
+            "or in the batch.",
         ),
         schedule_panel(
             timeline,
@@ -81,12 +80,12 @@ def schedule_panels(timeline: Timeline) -> list[Panel]:
             timeline,
             timeline.values(lambda record: record["mtp_weight"]),
             title="MTP weight",
+            y="λ",
             colour=ORANGE,
             hover="%{y:.3g}",
             shape="hv",
             caption="How much the multi-token prediction loss counts beside the main loss (λ in the "
-            "DeepSeek-V3 "
-            "report).",
+            "DeepSeek-V3 report).",
         ),
     ]
 
@@ -111,7 +110,8 @@ def schedule_panel(
         hovertemplate=f"{hover} (step %{{customdata:,}})",
     )
     figure = timeline.figure([line], y=y or title.lower(), showlegend=False)
-    figure.update_yaxes(rangemode="tozero")
+    # "B" counts in thousands, millions, billions, which suits tokens and leaves rates alone.
+    figure.update_yaxes(rangemode="tozero", exponentformat="B" if shape == "hv" else "power")
     return Panel(title=title, figure=figure, caption=caption)
 
 
@@ -147,7 +147,8 @@ def stability_panel(run: RunData, timeline: Timeline) -> Panel:
             )
         )
     figure = timeline.figure(traces, y="gradient norm")
-    figure.update_yaxes(type="log", dtick="D2", exponentformat="none")
+    ticks = [factor * 10.0**power for power in range(-6, 7) for factor in (1, 2, 5)]
+    figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     if np.isfinite(clip):
         figure.add_hline(y=clip, line={"color": GREY, "dash": "dot", "width": 1})
         # On a logarithmic axis an annotation is placed by the exponent, unlike a line.
@@ -166,9 +167,8 @@ def stability_panel(run: RunData, timeline: Timeline) -> Panel:
         title="Gradient norm",
         figure=figure,
         caption=f"Before clipping, on a logarithmic axis; {share} of the steps were clipped and "
-        f"{len(skipped)} skipped "
-        "because loss or gradient was not finite. A norm that climbs for long is the first sign of "
-        "instability.",
+        f"{len(skipped)} skipped because loss or gradient was not finite. A norm that climbs for "
+        "long is the first sign of instability.",
     )
 
 

@@ -55,8 +55,8 @@ def _position_panel(
     if not figure.data:
         return Panel(title=title, missing="it was not measured for this stage.")
     figure.update_layout(
-        margin={"l": 58, "r": 16, "t": 20, "b": 44},
-        legend={"orientation": "h", "y": -0.2, "x": 0, "yanchor": "top"},
+        margin={"l": 58, "r": 16, "t": 20, "b": 76},
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
         xaxis={
             "title": {"text": "position in the sequence"},
             "type": "log",
@@ -77,8 +77,7 @@ def _position_panel(
         figure.add_vline(x=previous_length, line={"color": GREY, "dash": "dash", "width": 1})
         caption += (
             f" The tinted part lies beyond the {previous_length:,} tokens trained on so far: there the "
-            f"dotted "
-            "line shows how the model fares unprepared, the solid one after this stage."
+            "dotted line shows how the model fares unprepared, the solid one after this stage."
         ) + _gain(results, previous_length)
     return Panel(title=title, figure=figure, caption=caption)
 
@@ -138,6 +137,5 @@ def _needle_panel(stage: str, results: dict[str, dict[str, Any]]) -> Panel:
         figure=figure,
         scale=Scale.SEQUENTIAL,
         caption="A pass key is hidden in real text; a cell is the share of trials in which the model finds "
-        "it likelier "
-        f"than the wrong keys. Guessing gives {chance:.0%}.",
+        f"it likelier than the wrong keys. Guessing gives {chance:.0%}.",
     )

@@ -117,8 +117,8 @@ def _load_map_panel(
         height=min(900, 230 + 26 * len(layers)),
         scale=Scale.DIVERGING,
         caption="One row a layer, one column an expert, coloured by its share of the tokens: the neutral "
-        "colour is the "
-        "mean, red is more, blue is less. Move the slider or press play to watch the routers even out.",
+        "colour is the mean, warm is more, blue is less. Move the slider or press play to watch the "
+        "routers even out.",
     )
 
 
@@ -171,8 +171,8 @@ def _expert_history_panel(records: list[dict[str, Any]], layers: list[str], rati
         height=90 + 190 * rows,
         scale=Scale.DIVERGING,
         caption="Each line across is the life of one expert, in the same colours. Lasting stripes are "
-        "experts that the "
-        f"router prefers or starves; a blue stripe that ends is an expert that came back.{which}",
+        "experts that the router prefers or starves; a blue stripe that ends is an expert that came "
+        f"back.{which}",
     )
 
 

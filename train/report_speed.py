@@ -17,23 +17,20 @@ def speed_panels(run: RunData, timeline: Timeline) -> list[Panel]:
         _speed_panel(
             timeline, rate, title="Throughput", y="tokens per second", colour=TEAL, hover="%{y:,.3s}",
             caption="Longer sequences cost more attention per token, so a step down at a new stage is "
-            "expected; "
-            "a dip within a stage is not.",
+            "expected; a dip within a stage is not.",
         ),
         _speed_panel(
             timeline, flops / 1e12, title="Compute rate", y="TFLOP per second", colour=BLUE, hover="%{y:.3g}",
             caption="Model FLOPs (forward and backward, attention counted causally, nothing recomputed) "
-            "over the time "
-            "of a step. Unlike tokens per second it can be compared between stages.",
+            "over the time of a step. Unlike tokens per second it can be compared between stages.",
         ),
     ]  # fmt: skip
     if np.isfinite(mfu).any():
         panels.append(
             _speed_panel(
                 timeline, mfu * 100, title="MFU", y="per cent of peak", colour=ORANGE, hover="%{y:.1f}%",
-                caption=f"Model FLOP utilisation against {run.config.cluster.peak_tflops or 0:g} TFLOP/s "
-                f"per device "
-                f"({run.config.cluster.name}).",
+                caption=f"Model FLOP utilisation against {run.config.cluster.peak_tflops or 0:g} TFLOP/s per "
+                f"device ({run.config.cluster.name}).",
             )
         )  # fmt: skip
     else:
@@ -48,8 +45,8 @@ def speed_panels(run: RunData, timeline: Timeline) -> list[Panel]:
                                fillcolor="rgba(138,99,217,.12)", hovertemplate="%{y:.2f} GiB")],
                 y="GiB", showlegend=False,
             ).update_yaxes(rangemode="tozero"),
-            caption="The most that the process had held until then. It may only rise; a rise within a "
-            "stage is a leak.",
+            caption="The most that the process had held until then. It may only rise; a rise within a stage "
+            "is a leak.",
         )
     )  # fmt: skip
     return panels
@@ -70,5 +67,5 @@ def _speed_panel(
         y=y,
         showlegend=False,
     )
-    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(rangemode="tozero", exponentformat="B")
     return Panel(title=title, figure=figure, caption=caption)

@@ -49,14 +49,14 @@ class Timeline:
         return np.array([get(record) for record in self.records], dtype=np.float64)
 
     def smooth(self, values: Values) -> Values:
-        """Return the mean over a fiftieth of the stage around each step, so that the curve lags nowhere."""
+        """Return the mean around each step, over a fiftieth of its stage or a few steps if that is more."""
         out = np.full_like(values, np.nan)
         for first, end in pairwise(self.edges):
             part = values[first:end]
             known = np.isfinite(part)
             sums = np.concatenate(([0.0], np.cumsum(np.where(known, part, 0.0))))
             counts = np.concatenate(([0], np.cumsum(known)))
-            half = len(part) // 100
+            half = max(len(part) // 100, min(3, len(part) // 10))
             low = np.maximum(np.arange(len(part)) - half, 0)
             high = np.minimum(np.arange(len(part)) + half + 1, len(part))
             total = (counts[high] - counts[low]).astype(np.float64)
@@ -90,9 +90,9 @@ class Timeline:
         figure = go.Figure(traces)
         total = max(1.0, self.tokens[-1])
         figure.update_layout(
-            margin={"l": 58, "r": 16, "t": 26, "b": 44},
+            margin={"l": 58, "r": 16, "t": 26, "b": 76 if layout.get("showlegend", True) else 44},
             hovermode="x unified",
-            legend={"orientation": "h", "y": -0.2, "x": 0, "yanchor": "top"},
+            legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
             xaxis={
                 "title": {"text": "tokens seen"},
                 "exponentformat": "B",

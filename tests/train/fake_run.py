@@ -17,7 +17,7 @@ import torch
 
 from model.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 from model.cost import flops_per_token
-from train.config import BatchConfig, LoggingConfig, RunConfig, StageConfig, WandbMode
+from train.config import BatchConfig, ClusterConfig, LoggingConfig, RunConfig, StageConfig, WandbMode
 from train.metrics import StepResult, step_record
 from train.sinks import JsonlSink
 from train.stored_config import config_text
@@ -25,6 +25,7 @@ from train.stored_config import config_text
 UNIFORM, UNIGRAM, BIGRAM = math.log(4096), 6.71, 4.38
 LAYERS = ["layers.1", "layers.2", "layers.3", "layers.4", "mtp.0"]
 NUM_EXPERTS = 32
+PEAK_TFLOPS = 0.8
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def fake_config(stages: list[FakeStage] = STAGES) -> RunConfig:
                 num_experts=NUM_EXPERTS, top_k=4, intermediate_size=128, num_groups=4, top_k_groups=2
             ),
         ),
+        cluster=ClusterConfig(name="laptop", peak_tflops=PEAK_TFLOPS),
         logging=LoggingConfig(wandb=WandbMode.DISABLED, histogram_every=20),
         stages={
             s.name: StageConfig(
@@ -177,7 +179,7 @@ def write_fake_run(run_dir: Path, stages: list[FakeStage] = STAGES, *, histogram
                 result,
                 layer_names=LAYERS,
                 flops_per_token=flops_per_token(config.model, result.seq_len),
-                peak_tflops=0.2,
+                peak_tflops=PEAK_TFLOPS,
                 histogram=result.step % histogram_every == 0,
             )
         )
