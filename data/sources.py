@@ -24,6 +24,7 @@ HUB = "hf:"
 _MIN_UNIT_BYTES = 4 << 20
 _MAX_UNIT_BYTES = 256 << 20
 _TARGET_UNITS = 1024
+_SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__", "node_modules")
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".parquet", ".arrow")
 # files of a folder that are taken as documents when --extensions does not say otherwise
 _TEXT_EXTENSIONS = frozenset(
@@ -101,14 +102,15 @@ def _list_files(source: str, extensions: Collection[str]) -> list[_File]:
         )
     wanted = {"py"} if source == STDLIB else extensions
     found: list[_File] = []
-    for name, details in sorted(file_system.find(root, detail=True).items()):
-        parts = PurePosixPath(name).relative_to(root).parts
-        if any(part.startswith(".") or part in ("site-packages", "dist-packages") for part in parts):
-            continue
-        is_records = source != STDLIB and name.endswith(_SUFFIXES)
-        if is_records or PurePosixPath(name).suffix[1:].lower() in wanted:
-            found.append(_File(_url(file_system, name), details["size"]))
-    return found
+    for _, folders, files in file_system.walk(root, detail=True):
+        for name in [name for name in folders if name.startswith(".") or name in _SKIPPED_FOLDERS]:
+            del folders[name]  # the walk does not enter what is taken out here
+        for name, details in files.items():
+            is_records = source != STDLIB and name.endswith(_SUFFIXES)
+            is_text = PurePosixPath(name).suffix[1:].lower() in wanted
+            if (is_records or is_text) and not name.startswith("."):
+                found.append(_File(_url(file_system, details["name"]), details["size"]))
+    return sorted(found, key=lambda file: file.path)
 
 
 def _url(file_system: Any, name: str) -> str:

@@ -122,9 +122,8 @@ def test_kill_in_the_middle_then_the_same_command(tmp_path: Path, workers: int) 
     folder.mkdir()
     for k in range(6):  # one unit a file
         line = json.dumps({"text": f"def f{k}():\n    return {k};\n" * 60}) + "\n"
-        (folder / f"{k}.jsonl").write_text(
-            "".join(line.replace("return", f"return {i} +") for i in range(300))
-        )
+        lines = [line.replace("return", f"return {i} +") for i in range(60)]
+        (folder / f"{k}.jsonl").write_text("".join(lines))
     whole = prepare(make_config(folder, tmp_path / "whole"))
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "data.prepare", str(folder), "--out", str(out)]
@@ -173,9 +172,7 @@ def test_fused_tokens_are_split_on_request(source: Path, prepared: Path, tmp_pat
 
 class TestErrors:
     def test_changed_options(self, source: Path, prepared: Path) -> None:
-        with pytest.raises(
-            DataError, match=r"other options: validation_fraction was 0.1, now 0.2; use another"
-        ):
+        with pytest.raises(DataError, match=r"validation_fraction was 0.1, now 0.2; use another"):
             prepare(make_config(source, prepared, validation_fraction=0.2))
         with pytest.raises(
             DataError, match=r"tokenizer was 'byte-level BPE of 300.*now 'byte-level BPE of 400"
@@ -229,6 +226,7 @@ class TestErrors:
         arguments = [str(source), str(tmp_path / "latin.txt"), "--out", str(tmp_path / "out")]
         assert main([*arguments, "--train-tokenizer", "300", "--name", "code"]) == 0
         told = capsys.readouterr().out
-        assert "train: 297 documents" in told or "train: 29" in told
+        assert "train: 2" in told
+        assert "characters a token" in told
         assert "skipped, not UTF-8 text: 1 files" in told
         assert (tmp_path / "out" / "train" / "code-00000.bin").is_file()

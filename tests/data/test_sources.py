@@ -1,5 +1,6 @@
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,7 +48,7 @@ def test_any_cut_of_a_file_of_lines_gives_every_line_once(
     size = path.stat().st_size
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, size - 1), max_size=8))), size]
     texts: list[str] = []
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in pairwise(cuts):
         unit = Unit(kind=UnitKind.LINES, paths=(str(path),), start=start, stop=stop)
         texts += UnitReader(unit, "text")
     assert texts == TEXTS[:9]
