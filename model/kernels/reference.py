@@ -4,7 +4,8 @@ Nothing here is written for speed; autograd derives every gradient. Arithmetic i
 FP64 (the tests compare in FP64 where a finite difference is taken).
 
 Legend: B sequences, S length, H heads, K query/key width, U value width, T tokens, D hidden, V vocabulary,
-E experts, I expert intermediate, R routed rows (sorted by expert), A experts per token, P rotary width, F = P/2.
+E experts, I expert intermediate, R routed rows (sorted by expert), A experts per token, P rotary width,
+F = P / 2.
 """
 
 import torch
@@ -36,7 +37,7 @@ def expert_ffn(
     counts: list[int],
     row_weights_R: Tensor,
 ) -> Tensor:
-    """Return row_weights * (silu(x w1_e^T) * (x w3_e^T)) w2_e^T of each row x and its expert e, shape [R, D]."""
+    """Return weight * (silu(x w1_e^T) * (x w3_e^T)) w2_e^T of each row x and its expert e, [R, D]."""
     outputs: list[Tensor] = []
     parts = zip(rows_RD.split(counts), row_weights_R.split(counts), strict=True)
     for expert, (rows_ND, weights_N) in enumerate(parts):
@@ -78,7 +79,7 @@ def combine(rows_RD: Tensor, row_TA: Tensor) -> Tensor:
 def linear_cross_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return (sum_t weights_t * CE_t, CE_T detached) of the logits hidden @ weight^T; CE is 0 where label is -100."""
+    """Return (sum_t weights_t * CE_t, CE_T detached) of logits hidden @ weight^T; label -100 has CE 0."""
     logits_TV = _at_least_fp32(hidden_TD) @ _at_least_fp32(weight_VD).T
     token_loss_T = F.cross_entropy(logits_TV, labels_T, ignore_index=-100, reduction="none")
     return (token_loss_T * weights_T).sum(), token_loss_T.detach()
