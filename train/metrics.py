@@ -54,10 +54,12 @@ class LoadStatistics:
 
 
 def load_statistics(load_LE: Tensor) -> LoadStatistics:
-    """Summarise exact token counts [L, E] per layer; a layer that saw no token gives nan.
+    """Summarise exact token counts [L, E] per layer; a layer that saw no token gives nan. L may be 0.
 
     MaxVio is equation 4 of arXiv 2408.15664 with the mean as expected load.
     """
+    if len(load_LE) == 0:
+        return LoadStatistics(max_vio=[], entropy=[], dead=[])
     load = load_LE.to(torch.float64)
     total_L = load.sum(dim=1)
     share = load / total_L.unsqueeze(1)
@@ -100,7 +102,7 @@ def step_record(
     With `histogram` the token counts themselves are included.
     """
     statistics = load_statistics(result.load_LE)
-    bias_range_L = (result.bias_LE.amax(dim=1) - result.bias_LE.amin(dim=1)).tolist()
+    bias_range_L = [float(bias_E.max() - bias_E.min()) for bias_E in result.bias_LE]
     record: dict[str, Any] = {
         "step": result.step,
         "stage": result.stage,

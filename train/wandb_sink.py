@@ -56,6 +56,8 @@ class WandbSink:
                 f"W&B could not be reached ({error}); choose logging.wandb=offline and upload later with "
                 "`wandb sync`, or logging.wandb=disabled"
             ) from error
+        # Evaluations may come long after their step; their charts run over the tokens they were made at.
+        self._run.define_metric("evaluation/*", step_metric="evaluation/tokens")
         self.place = self._run.url if online else str(run_dir / "wandb")
         """Where the charts are: an address, or the folder for `wandb sync`."""
 
@@ -68,7 +70,7 @@ class WandbSink:
             self._run.log({**scalars(record), **histograms}, step=record["step"])
 
     def evaluation(self, result: dict[str, Any]) -> None:
-        """Log one evaluation at its step."""
+        """Log one evaluation, at the earliest step that still can be written."""
         self._run.log(evaluation_scalars(result), step=max(result["step"], self._run.step))
 
     def message(self, text: str) -> None:
@@ -98,7 +100,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 def evaluation_scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of an evaluation; before and after of a stage make one line of two points."""
     prefix = f"evaluation/{result['stage']}"
-    values: dict[str, float] = {}
+    values: dict[str, float] = {"evaluation/tokens": result["tokens"]}
     if held_out := result.get("held_out"):
         values[f"{prefix}/held_out_loss"] = held_out["loss"]
         values[f"{prefix}/below_unigram"] = held_out["unigram"] - held_out["loss"]

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -90,12 +91,17 @@ def test_speed_is_of_the_whole_step(result: StepResult):
 
 
 def test_all_that_may_differ_between_equal_runs_is_under_timing(result: StepResult):
-    import dataclasses
-
     slower = dataclasses.replace(result, seconds=result.seconds * 3)
     first, second = record_of(result), record_of(slower)
     assert first.pop("timing") != second.pop("timing")
     assert first == second
+
+
+def test_a_dense_model_has_no_routers(result: StepResult):
+    empty = {"load_LE": torch.zeros(0, 0, dtype=torch.int64), "bias_LE": torch.zeros(0, 0)}
+    record = record_of(dataclasses.replace(result, **empty), layer_names=[], histogram=True)
+    for name in ("max_vio", "load_entropy", "bias_range", "dead_experts", "load"):
+        assert record[name] == {}
 
 
 def test_layer_names_must_match_the_loads(result: StepResult):

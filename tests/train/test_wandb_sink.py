@@ -118,6 +118,7 @@ def test_evaluations_join_the_row_of_their_step(files: list[Path]):
     row = wandb_reader.history(files[1])[-1]
     expected = fake_evaluation(STAGES[0], index=0, when="after", step=6, tokens=1)
     assert row["train/loss"] == 5.0
+    assert row["evaluation/tokens"] == 1
     assert row["evaluation/pretrain/held_out_loss"] == expected["held_out"]["loss"]
     assert row["evaluation/pretrain/needle_score"] == pytest.approx(0.38, abs=0.2)
     assert row["evaluation/pretrain/loss_by_position/0-16"] == expected["by_position"][0]["loss"]
