@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from train.console import duration, quantity
@@ -15,11 +16,14 @@ def closing_table(run_dir: Path) -> Table:
     """
     run = read_run(run_dir)
     table = Table(
-        title=f"{run.config.name}: what the run came to", caption=_baseline_line(run), caption_style="bold"
+        title=f"{run.config.name}: what the run came to",
+        caption=_baseline_line(run),
+        caption_style="bold",
+        box=SIMPLE_HEAD,
     )
     table.add_column("stage", style="cyan", no_wrap=True)
     for name in (
-        "sequence",
+        "length",
         "tokens",
         "steps",
         "time",
@@ -28,7 +32,8 @@ def closing_table(run_dir: Path) -> Table:
         "beyond previous",
         "needle",
     ):
-        table.add_column(name, justify="right", no_wrap=True)
+        # Cells may fold: a log file has 80 columns, and a figure cut off there would be lost.
+        table.add_column(name, justify="right", overflow="fold")
     for summary in stage_summaries(run):
         table.add_row(
             summary.name,
@@ -50,8 +55,9 @@ def _baseline_line(run: RunData) -> str:
         return "No held-out loss was measured."
     below = held_out["unigram"] - held_out["loss"]
     where = f"{below:.2f} nats under" if below >= 0 else f"{-below:.2f} nats ABOVE"
-    return f"Held-out loss {held_out['loss']:.3f} ends {where} the unigram baseline "
-    f"({held_out['unigram']:.3f})."
+    return (
+        f"Held-out loss {held_out['loss']:.3f} ends {where} the unigram baseline ({held_out['unigram']:.3f})."
+    )
 
 
 def _change(summary: StageSummary, key: str, spec: str) -> str:

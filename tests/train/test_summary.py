@@ -72,14 +72,18 @@ def test_the_table_shows_before_and_after_and_the_baseline(run_dir: Path):
     last = evaluation(run_dir, "extend_128k", "after")["held_out"]
     below = last["unigram"] - last["loss"]
     assert f"Held-out loss {last['loss']:.3f} ends {below:.2f} nats under the unigram baseline" in text
+    assert f"({last['unigram']:.3f})" in text
     beyond = [loss_beyond(evaluation(run_dir, "extend_128k", when), 1024) for when in ("before", "after")]
     assert f"{beyond[0]:.3f} → {beyond[1]:.3f}" in text
 
 
 def test_the_table_fits_an_ordinary_terminal(run_dir: Path):
-    text = text_of(run_dir, width=120)
-    assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 120
+    for width in (120, 80):
+        text = text_of(run_dir, width=width)
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
+        for when in ("before", "after"):
+            assert f"{evaluation(run_dir, 'extend_32k', when)['held_out']['loss']:.3f}" in text
 
 
 def test_a_run_without_evaluation_has_a_table_too(tmp_path: Path):
