@@ -24,7 +24,7 @@ from data.errors import DataError
 from data.manifest import Manifest, open_manifest, options_of
 from data.merge import finish, summary
 from data.progress import PrepareProgress
-from data.sources import Unit, plan_digest, plan_units
+from data.sources import Unit, UnitKind, plan_digest, plan_units
 from data.tokenize_unit import Job, is_validation, run_job, start_worker
 from data.tokenizer import DEEPSEEK, load_tokenizer, train_bpe
 
@@ -65,7 +65,13 @@ def prepare(
                 f"{folder}; delete {folder} and prepare again"
             )
         manifest.write(status="incomplete", plan=digest, num_units=len(units))
-        _make(manifest, config, units, tokenizer=tokenizer, workers=workers, name=name)
+        try:
+            _make(manifest, config, units, tokenizer=tokenizer, workers=workers, name=name)
+        except OSError as error:
+            raise DataError(
+                f"preparing {folder} failed: {error}; when the disk has room and the sources can be read, "
+                "the same command goes on where it stopped"
+            ) from error
     return folder
 
 
@@ -104,8 +110,9 @@ def _make(
 def _choose_workers(workers: int | None, units: list[Unit]) -> int:
     if workers is not None:
         return workers
-    in_process = sum(unit.num_bytes for unit in units) < _IN_PROCESS_BYTES
-    return 0 if in_process else len(os.sched_getaffinity(0))
+    small = sum(unit.num_bytes for unit in units) < _IN_PROCESS_BYTES
+    size_known = all(unit.kind != UnitKind.HUB for unit in units)
+    return 0 if small and size_known else len(os.sched_getaffinity(0))
 
 
 def _run(jobs: list[Job], workers: int) -> Iterator[dict]:

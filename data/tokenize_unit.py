@@ -6,6 +6,7 @@ that the unit is done. All files appear by renaming, so that a kill leaves a uni
 
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ def run_job(job: Job) -> dict[str, Any]:
 def start_worker() -> None:
     """Set up a worker process: one thread each, and an end when the process that started it is gone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once and without a traceback
     parent = parent_process()
     if parent is not None:
         # after kill -9 of the parent nobody else would end a worker that waits for its next unit

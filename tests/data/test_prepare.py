@@ -116,6 +116,13 @@ def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline, f"processes {pids} outlive the one that started them"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_kill_in_the_middle_then_the_same_command(tmp_path: Path, workers: int) -> None:
     folder = tmp_path / "source"
@@ -145,19 +152,52 @@ def test_kill_in_the_middle_then_the_same_command(tmp_path: Path, workers: int) 
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "units are done already" in result.stderr
     assert digests(out) == digests(whole)
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers_alive)
+    wait_until_gone(workers_alive)
 
 
 def test_a_part_that_was_being_written_is_made_again(source: Path, prepared: Path, tmp_path: Path) -> None:
-    manifest = json.loads((prepared / "manifest.json").read_text())
-    out = tmp_path / "out"
-    (out / "parts").mkdir(parents=True)
-    started = {key: manifest[key] for key in ("version", "options", "plan", "num_units")}
-    (out / "manifest.json").write_text(json.dumps(started | {"status": "incomplete"}))
+    out = start_by_hand(prepared, tmp_path / "out")
     for name in ("000000.train.bin", "000001.train.bin.tmp", "000001.json.tmp"):
         (out / "parts" / name).write_bytes(b"torn")
     prepare(make_config(source, out))
     assert digests(out) == digests(prepared)
+
+
+def test_interrupt_from_the_keyboard_ends_all_processes_at_once(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", count=2000, repeat=150)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "data.prepare", str(folder), "--out", str(out), "--workers", "1"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_for_parts(out, process, count=1)
+    workers_alive = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted; the same command goes on where it stopped" in error
+    assert b"Traceback" not in error
+    wait_until_gone(workers_alive)
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(source: Path, prepared: Path, tmp_path: Path) -> None:
+    out = start_by_hand(prepared, tmp_path / "out")
+    (out / "parts" / "000001.train.bin.tmp").symlink_to("/dev/full")
+    with pytest.raises(DataError, match=r"No space left on device; when the disk has room.*the same command"):
+        prepare(make_config(source, out))
+    (out / "parts" / "000001.train.bin.tmp").unlink()
+    assert (out / "parts" / "000000.json").is_file()
+    prepare(make_config(source, out))
+    assert digests(out) == digests(prepared)
+
+
+def start_by_hand(prepared: Path, out: Path) -> Path:
+    """Make a folder look as one does after the first moment of the command that made `prepared`."""
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    (out / "parts").mkdir(parents=True)
+    started = {key: manifest[key] for key in ("version", "options", "plan", "num_units")}
+    (out / "manifest.json").write_text(json.dumps(started | {"status": "incomplete"}))
+    return out
 
 
 def test_fused_tokens_are_split_on_request(source: Path, prepared: Path, tmp_path: Path) -> None:
