@@ -20,6 +20,7 @@ def closing_table(run_dir: Path) -> Table:
         caption=_baseline_line(run),
         caption_style="bold",
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("stage", style="cyan", no_wrap=True)
     for name in (
@@ -28,12 +29,12 @@ def closing_table(run_dir: Path) -> Table:
         "steps",
         "time",
         "train loss",
-        "held-out loss",
+        "held out",
         "beyond previous",
         "needle",
     ):
         # Cells may fold: a log file has 80 columns, and a figure cut off there would be lost.
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right", overflow="fold", min_width=max(map(len, name.split())))
     for summary in stage_summaries(run):
         table.add_row(
             summary.name,
