@@ -31,12 +31,18 @@ from model.transformer import Transformer
 
 
 class _Place(NamedTuple):
-    """Where a block's new entries go, and the rotations of their positions."""
+    """Where the new tokens stand: their positions with rotations, cache slots, and the slots they may see."""
 
     cache: LatentCache
-    layer: int
     positions_BS: Tensor
     table_BS2F: Tensor
+    slots_BS: Tensor
+    visible_BSM: Tensor | None  # None: the tokens are the first, and see one another in order
+
+    @property
+    def attend(self) -> "Attend":
+        """The ordinary path for the first tokens, the absorbed one for all later ones."""
+        return expanded_attention if self.visible_BSM is None else absorbed_attention
 
 
 class IncrementalDecoder:
@@ -70,16 +76,33 @@ class IncrementalDecoder:
             tokens_BS: int64, padded on the right where sequences differ in length.
             lengths: real tokens of each row; None when no row is padded.
         """
-        attend = expanded_attention if max(self.cache.lengths) == 0 else absorbed_attention
-        positions_BS = self.cache.next_positions(tokens_BS.shape[1])
-        table_BS2F = self.model.rope(positions_BS)
-        x_BSD = self.model.embed(tokens_BS.to(positions_BS.device))
-        for layer, block in enumerate(self.model.layers.values()):
-            x_BSD = _run_block(
-                cast(Block, block), x_BSD, _Place(self.cache, layer, positions_BS, table_BS2F), attend
-            )
+        hidden_BSD = self._run_main(tokens_BS, self._next_place(self.cache, tokens_BS.shape[1]))
         self.cache.extend(tokens_BS.shape[1] if lengths is None else lengths)
-        return self.model.norm(x_BSD)
+        return hidden_BSD
+
+    @torch.no_grad()
+    def run_branches(self, tokens_NS: Tensor) -> Tensor:
+        """Read N alternative continuations of the one cached text at once; return hidden states [N, S, D].
+
+        Each sees the text and itself. They share the text's entries, so N costs no copies; their own
+        lie one after the other behind it, and are forgotten: the cache's length stays.
+        """
+        num_branches, num_tokens = tokens_NS.shape
+        start = self.cache.lengths[0]
+        slots_1T = self.cache.next_positions(tokens_NS.numel())  # T = N * S
+        device = slots_1T.device
+        branch_T, offset_T = (slots_1T[0] - start) // num_tokens, (slots_1T[0] - start) % num_tokens
+        own_TT = (branch_T[:, None] == branch_T) & (offset_T <= offset_T[:, None])
+        shared_TM = torch.ones(len(own_TT), start, dtype=torch.bool, device=device)
+        positions_1T = (start + offset_T)[None]
+        place = _Place(
+            cache=self.cache,
+            positions_BS=positions_1T,
+            table_BS2F=self.model.rope(positions_1T),
+            slots_BS=slots_1T,
+            visible_BSM=torch.cat((shared_TM, own_TT), dim=1)[None],
+        )
+        return self._run_main(tokens_NS.reshape(1, -1), place).unflatten(1, (num_branches, num_tokens))[0]
 
     @torch.no_grad()
     def run_mtp(self, depth: int, hidden_BSD: Tensor, tokens_BS: Tensor, *, start: int) -> Tensor:
@@ -95,13 +118,11 @@ class IncrementalDecoder:
         """
         cache = self.mtp_caches[depth - 1]
         cache.truncate([start] * cache.num_sequences)
-        attend = expanded_attention if start == 0 else absorbed_attention
-        positions_BS = cache.next_positions(tokens_BS.shape[1])
-        place = _Place(cache, 0, positions_BS, self.model.rope(positions_BS))
+        place = self._next_place(cache, tokens_BS.shape[1])
         layer = cast(MtpLayer, list(self.model.mtp.values())[depth - 1])
-        embedding_BSD = self.model.embed(tokens_BS.to(positions_BS.device))
+        embedding_BSD = self.model.embed(tokens_BS.to(hidden_BSD.device))
         joined_BSX = torch.cat((layer.enorm(embedding_BSD), layer.hnorm(hidden_BSD)), dim=-1)
-        x_BSD = _run_block(layer.block, layer.eh_proj(joined_BSX), place, attend)
+        x_BSD = _run_block(layer.block, layer.eh_proj(joined_BSX), place, 0)
         cache.extend(tokens_BS.shape[1])
         return layer.norm(x_BSD)
 
@@ -110,18 +131,35 @@ class IncrementalDecoder:
         """Return FP32 logits [..., V] of final hidden states [..., D], main model's or MTP's alike."""
         return self.model.head(hidden).float()
 
+    def _next_place(self, cache: LatentCache, num_tokens: int) -> _Place:
+        positions_BS = cache.next_positions(num_tokens)
+        table_BS2F = self.model.rope(positions_BS)
+        visible_BSM = None
+        if max(cache.lengths) > 0:
+            slots_M = torch.arange(max(cache.lengths) + num_tokens, device=positions_BS.device)
+            visible_BSM = slots_M <= positions_BS[..., None]  # neither later tokens nor stale entries
+        return _Place(cache, positions_BS, table_BS2F, positions_BS, visible_BSM)
 
-Attend = Callable[[MultiHeadLatentAttention, Tensor, _Place], Tensor]
+    def _run_main(self, tokens_BS: Tensor, place: _Place) -> Tensor:
+        x_BSD = self.model.embed(tokens_BS.to(place.slots_BS.device))
+        for layer, block in enumerate(self.model.layers.values()):
+            x_BSD = _run_block(cast(Block, block), x_BSD, place, layer)
+        return self.model.norm(x_BSD)
 
 
-def expanded_attention(attention: MultiHeadLatentAttention, x_BSD: Tensor, place: _Place) -> Tensor:
+Attend = Callable[[MultiHeadLatentAttention, Tensor, _Place, int], Tensor]
+
+
+def expanded_attention(
+    attention: MultiHeadLatentAttention, x_BSD: Tensor, place: _Place, layer: int
+) -> Tensor:
     """Return the ordinary attention among the new tokens [B, S, D], and cache their latents.
 
     Right only for an empty cache: entries written earlier are not looked at.
     """
     q_BSHK = attention.expand_queries(attention.compress_queries(x_BSD), place.table_BS2F)
     memory = attention.compress_memory(x_BSD, place.table_BS2F, place.positions_BS)
-    place.cache.write(place.layer, memory.latent_BMC, memory.k_rope_BMP, place.positions_BS)
+    place.cache.write(layer, memory.latent_BMC, memory.k_rope_BMP, place.slots_BS)
     k_BSHK, v_BSHU = attention.expand_memory(memory.latent_BMC, memory.k_rope_BMP)
     o_BSHU = attention.core.attend(
         q_BSHK,
@@ -134,11 +172,14 @@ def expanded_attention(attention: MultiHeadLatentAttention, x_BSD: Tensor, place
     return attention.output(o_BSHU)
 
 
-def absorbed_attention(attention: MultiHeadLatentAttention, x_BSD: Tensor, place: _Place) -> Tensor:
-    """Return the attention of the new tokens over all cached ones [B, S, D], in latent space."""
+def absorbed_attention(
+    attention: MultiHeadLatentAttention, x_BSD: Tensor, place: _Place, layer: int
+) -> Tensor:
+    """Return the attention of the new tokens over the cached ones they may see [B, S, D], in latent space."""
+    assert place.visible_BSM is not None  # `_Place.attend` chooses this function by it
     memory = attention.compress_memory(x_BSD, place.table_BS2F, place.positions_BS)
-    place.cache.write(place.layer, memory.latent_BMC, memory.k_rope_BMP, place.positions_BS)
-    memory_BMX = place.cache.read(place.layer, max(place.cache.lengths) + x_BSD.shape[1])
+    place.cache.write(layer, memory.latent_BMC, memory.k_rope_BMP, place.slots_BS)
+    memory_BMX = place.cache.read(layer, place.visible_BSM.shape[-1])
 
     up_HEC = attention.wkv_b.weight.unflatten(0, (-1, attention.nope + attention.value))
     w_uk_HNC, w_uv_HUC = up_HEC.split((attention.nope, attention.value), dim=1)
@@ -148,16 +189,14 @@ def absorbed_attention(attention: MultiHeadLatentAttention, x_BSD: Tensor, place
     q_BSHX = torch.cat((q_latent_BSHC, q_rope_BSHP), dim=-1)
 
     scores_BHSM = torch.einsum("bshx,bmx->bhsm", q_BSHX, memory_BMX).float() * attention.scale
-    slots_M = torch.arange(memory_BMX.shape[1], device=x_BSD.device)
-    unseen_BSM = slots_M > place.positions_BS[..., None]  # later tokens, and stale entries
-    weights_BHSM = scores_BHSM.masked_fill(unseen_BSM[:, None], float("-inf")).softmax(-1)
+    weights_BHSM = scores_BHSM.masked_fill(~place.visible_BSM[:, None], float("-inf")).softmax(-1)
     latent_BMC = memory_BMX[..., : w_uk_HNC.shape[-1]]
     o_latent_BSHC = torch.einsum("bhsm,bmc->bshc", weights_BHSM.to(latent_BMC.dtype), latent_BMC)
     return attention.output(torch.einsum("bshc,huc->bshu", o_latent_BSHC, w_uv_HUC))
 
 
-def _run_block(block: Block, x_BSD: Tensor, place: _Place, attend: Attend) -> Tensor:
-    x_BSD = x_BSD + attend(block.attn, block.attn_norm(x_BSD), place)
+def _run_block(block: Block, x_BSD: Tensor, place: _Place, layer: int) -> Tensor:
+    x_BSD = x_BSD + place.attend(block.attn, block.attn_norm(x_BSD), place, layer)
     if not isinstance(block.ffn, MoE):
         return block.feed_forward(x_BSD)
     routed = block.route(x_BSD)

@@ -116,6 +116,20 @@ def test_forgotten_tokens_leave_no_trace() -> None:
     torch.testing.assert_close(logits, full_logits(model, tokens)[:, 8:10], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_branches_see_the_text_and_themselves_only(variant: str) -> None:
+    model = make_model(**VARIANTS[variant])
+    text, branches = random_tokens(1, 9), random_tokens(3, 4, seed=1)
+    decoder = IncrementalDecoder(model, max_length=9 + 12)
+    decoder.run(text)
+    for _ in range(2):  # nothing of the first time is left behind
+        logits = decoder.logits(decoder.run_branches(branches))
+        for branch, got in zip(branches, logits, strict=True):
+            expected = full_logits(model, torch.cat((text[0], branch))[None])[0, 9:]
+            torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+        assert decoder.cache.lengths == [9]
+
+
 def test_mtp_depths_repeat_the_models_own_forward() -> None:
     model = make_model(num_mtp_layers=2, yarn=YARN)
     tokens = random_tokens(2, 14)
