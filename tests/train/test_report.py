@@ -1,10 +1,8 @@
-import base64
 import json
 import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,66 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plotly.offline import get_plotlyjs
 
 from tests.train.fake_run import LAYERS, NUM_EXPERTS, STAGES, FakeStage, write_fake_run
-from train.errors import RunError
+from tests.train.report_reader import Page, array, known
 from train.report import main, write_report
 from train.report_timeline import Timeline
 from train.run_data import read_run
-
-
-class Page(HTMLParser):
-    """What a browser would fetch, draw and show of a report."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.html = path.read_text(encoding="utf-8")
-        self.fetched: list[str] = []
-        self.titles: list[str] = []
-        self.plots: list[int] = []
-        self._open: list[str] = []
-        self.text = ""
-        self.figures: list[dict[str, Any]] = []
-        # Nothing in plotly.js is ours to read, and it is most of the page.
-        self.feed(self.html.replace(get_plotlyjs(), ""))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._open.append(tag)
-        values = dict(attrs)
-        self.fetched += [
-            v for k, v in attrs if v and k in ("src", "href", "srcset") and not v.startswith("#")
-        ]
-        if values.get("class") == "plot":
-            self.plots.append(int(values["data-figure"] or ""))
-
-    def handle_endtag(self, tag: str) -> None:
-        self._open.pop()
-
-    def handle_data(self, data: str) -> None:
-        tag = self._open[-1] if self._open else ""
-        if tag == "script" and data.startswith("[{"):
-            self.figures = json.loads(data)
-        elif tag not in ("script", "style"):
-            self.text += " " + data
-            if tag == "h3":
-                self.titles.append(data)
-
-    def figure(self, title: str) -> dict[str, Any]:
-        return self.figures[self.titles.index(title)]
-
-
-def array(value: Any) -> np.ndarray:
-    """Decode plotly's binary arrays."""
-    if not isinstance(value, dict):
-        return np.array(value, dtype=np.float64)
-    flat = np.frombuffer(base64.b64decode(value["bdata"]), dtype=value["dtype"])
-    return flat.reshape([int(n) for n in value["shape"].split(",")]) if "shape" in value else flat
-
-
-def known(value: Any) -> np.ndarray:
-    flat = array(value).astype(np.float64)
-    return flat[np.isfinite(flat)]
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +35,6 @@ def small(tmp_path: Path) -> Path:
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def rewrite(run_dir: Path, change: Any) -> None:
-    records = lines_of(run_dir)
-    for record in records:
-        change(record)
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def test_the_page_fetches_nothing_and_has_plotly_inside(page: Page):
@@ -219,72 +156,6 @@ def test_dead_experts_are_counted_over_the_layers(page: Page, run_dir: Path):
     counts = [sum(record["dead_experts"].values()) for record in lines_of(run_dir)]
     np.testing.assert_array_equal(known(page.figure("Dead experts")["data"][0]["y"]), counts)
     assert 0 < max(counts) < NUM_EXPERTS
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("max_vio", {}, "Routers: not shown, the records have no MoE layer"),
-        ("load", None, "Expert load: not shown, no step has carried a load histogram"),
-        ("dead_experts", {}, "Dead experts: not shown, every expert"),
-        ("mfu", None, "MFU: not shown, cluster.peak_tflops is not set"),
-    ],
-)
-def test_what_was_not_measured_is_left_out_with_the_reason(small: Path, key: str, value: Any, words: str):
-    rewrite(small, lambda record: (record["timing"] if key == "mfu" else record).update({key: value}))
-    assert words in Page(write_report(small)).text.replace(" : ", ": ").replace("  ", " ")
-
-
-def test_a_run_without_evaluations_or_steps_still_has_a_report(small: Path):
-    shutil.rmtree(small / "evaluations")
-    text = Page(write_report(small)).text
-    assert "the run has no evaluation" in text
-    (small / "metrics.jsonl").write_text("")
-    text = Page(write_report(small)).text
-    assert "metrics.jsonl has no step yet" in text
-    assert "stands at 0% of its 102K tokens" in text
-
-
-def test_a_run_that_never_had_a_finite_step_still_has_a_report(small: Path):
-    rewrite(
-        small, lambda r: r.update(loss=None, grad_norm=None, mtp_loss=[None], balance_loss=None, skipped=True)
-    )
-    assert "(25 skipped)" in Page(write_report(small)).text
-
-
-def test_a_line_that_is_being_written_is_left_for_the_next_report(small: Path):
-    with (small / "metrics.jsonl").open("a") as file:
-        file.write('{"step":26,"sta')
-    assert "tokens in 25 steps" in Page(write_report(small)).text
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{\n", r"metrics\.jsonl:26: the line is not JSON"),
-        ("7\n", r"metrics\.jsonl:26: the line is not a step record"),
-        ('{"step": 26}\n', r"metrics\.jsonl:26: .* it lacks stage, tokens"),
-    ],
-)
-def test_damaged_metrics_are_named(small: Path, line: str, words: str):
-    with (small / "metrics.jsonl").open("a") as file:
-        file.write(line)
-    with pytest.raises(RunError, match=words):
-        write_report(small)
-    assert not (small / "report.html").exists()
-
-
-def test_two_runs_in_one_file_are_refused(small: Path):
-    text = (small / "metrics.jsonl").read_text()
-    (small / "metrics.jsonl").write_text(text + text)
-    with pytest.raises(RunError, match="step 1 follows step 25"):
-        write_report(small)
-
-
-def test_a_damaged_evaluation_is_named(small: Path):
-    (small / "evaluations" / "pretrain-after.json").write_text("{")
-    with pytest.raises(RunError, match=r"pretrain-after\.json is not an evaluation"):
-        write_report(small)
 
 
 def test_names_are_text_and_not_html(small: Path):
