@@ -13,16 +13,12 @@ class Recompute(StrEnum):
     """Which activations are thrown away in the forward pass and computed again in the backward pass."""
 
     none = "none"
-    NONE = "none"
     """Keep everything."""
     deepseek = "deepseek"
-    DEEPSEEK = "deepseek"
     """RMSNorm outputs, MLA up-projections and SwiGLU outputs: what the report recomputes (section 3.2.3)."""
     core = "core"
-    CORE = "core"
-    """DEEPSEEK plus the attention core itself."""
+    """`deepseek` plus the attention core itself."""
     full = "full"
-    FULL = "full"
     """Keep only the input of each block."""
 
 
@@ -30,11 +26,8 @@ class Compute(StrEnum):
     """The floating-point type of GEMM inputs and activations."""
 
     bf16 = "bf16"
-    BF16 = "bf16"
     fp32 = "fp32"
-    FP32 = "fp32"
     fp16 = "fp16"
-    FP16 = "fp16"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,7 +58,7 @@ class LossScaleConfig:
 class PrecisionConfig:
     """Precision policy. Norm and gate weights, softmax, loss and master weights are FP32 whatever it says."""
 
-    compute: Compute = Compute.BF16
+    compute: Compute = Compute.bf16
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
 
     def problems(self) -> list[str]:
@@ -75,7 +68,7 @@ class PrecisionConfig:
 
 @dataclass(kw_only=True, slots=True)
 class YarnConfig:
-    """YaRN rescaling of the rotary frequencies (arXiv 2309.00071); V3 uses one setting for both extensions."""
+    """YaRN rescaling of the rotary frequencies (arXiv 2309.00071); V3 has one setting for both extensions."""
 
     factor: float = 40.0
     original_length: int = 4096
@@ -171,18 +164,19 @@ class MoEConfig:
             return found
         if self.top_k_groups > self.num_groups:
             found.append(
-                f"top_k_groups={self.top_k_groups} must not exceed num_groups={self.num_groups}; use {self.num_groups}"
+                f"top_k_groups={self.top_k_groups} must not exceed num_groups={self.num_groups}; "
+                f"use {self.num_groups}"
             )
         group_size = self.num_experts // self.num_groups
         if self.num_groups > 1 and group_size < 2:
             found.append(
-                f"num_groups={self.num_groups} leaves {group_size} expert per group, but a group is scored by its "
-                f"two best; use at most {max(1, self.num_experts // 2)}"
+                f"num_groups={self.num_groups} leaves {group_size} expert per group, but a group is scored "
+                f"by its two best; use at most {max(1, self.num_experts // 2)}"
             )
         if self.top_k > self.top_k_groups * group_size:
             found.append(
-                f"top_k={self.top_k} must not exceed the {self.top_k_groups * group_size} experts of the chosen groups; "
-                f"use at most {self.top_k_groups * group_size}"
+                f"top_k={self.top_k} must not exceed the {self.top_k_groups * group_size} experts of the chosen "
+                f"groups; use at most {self.top_k_groups * group_size}"
             )
         return found
 

@@ -20,7 +20,7 @@ BACKWARD_AND_FORWARD = 3
 
 def element_bytes(compute: Compute) -> int:
     """Return the bytes of one element of the compute type."""
-    return 4 if compute is Compute.FP32 else 2
+    return 4 if compute is Compute.fp32 else 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +121,7 @@ def gradient_bytes(config: ModelConfig) -> int:
 def optimizer_bytes(config: ModelConfig, *, compute: Compute, moment_bytes: int) -> int:
     """Return the bytes of AdamW's two moments and of the FP32 masters that are not the weights themselves."""
     parts = parameters(config) + mtp_parameters(config)
-    needs_master = 0 if compute is Compute.FP32 else parts.total - parts.norms - parts.gate
+    needs_master = 0 if compute is Compute.fp32 else parts.total - parts.norms - parts.gate
     return FP32_BYTES * needs_master + 2 * moment_bytes * parts.total
 
 

@@ -52,7 +52,7 @@ class LocalDispatcher:
     The rows are copies of a norm's output, so where that is recomputed, so are they.
     """
 
-    def __init__(self, recompute: Recompute = Recompute.NONE) -> None:
+    def __init__(self, recompute: Recompute = Recompute.none) -> None:
         self.recompute = recompute
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:

@@ -4,7 +4,7 @@ import torch
 
 from model.config import Compute
 
-_DTYPES = {Compute.BF16: torch.bfloat16, Compute.FP32: torch.float32, Compute.FP16: torch.float16}
+_DTYPES = {Compute.bf16: torch.bfloat16, Compute.fp32: torch.float32, Compute.fp16: torch.float16}
 
 
 def torch_dtype(compute: Compute) -> torch.dtype:

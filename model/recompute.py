@@ -1,7 +1,7 @@
 """Activation recomputation: which tensors the backward pass recomputes rather than finds in memory.
 
 A *region* is a cheap computation, such as a norm, whose outputs are needed again in the backward pass by the
-operations that consume them. Under DEEPSEEK and CORE such a consumer saves a recipe (region, place in its
+operations that consume them. Under `deepseek` and `core` such a consumer saves a recipe (region, place in its
 outputs) where it would save the tensor; the outputs are freed as soon as the forward pass has moved on. The
 first consumer that needs one in the backward pass runs the region again, the others share the result, and
 the last one frees it. Recipes chain: the input of a region may itself be the output of another.
@@ -144,33 +144,33 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def region(recompute: Recompute, function: Callable[..., Outputs], *inputs: Tensor) -> Outputs:
-    """Return function(*inputs); under DEEPSEEK and CORE its outputs are recomputed in the backward pass.
+    """Return function(*inputs); under `deepseek` and `core` its outputs are recomputed in the backward pass.
 
     `function` must be deterministic and take every tensor but parameters as an argument. Its consumers must
     run inside `saving`.
     """
-    if recompute not in (Recompute.DEEPSEEK, Recompute.CORE) or not torch.is_grad_enabled():
+    if recompute not in (Recompute.deepseek, Recompute.core) or not torch.is_grad_enabled():
         return function(*inputs)
     return _Region(function, inputs).run(inputs)
 
 
 def core_region(recompute: Recompute, function: Callable[..., Outputs], *inputs: Tensor) -> Outputs:
-    """Return function(*inputs); under CORE its outputs and all that it saved are recomputed."""
-    if recompute is not Recompute.CORE or not torch.is_grad_enabled():
+    """Return function(*inputs); under `core` its outputs and all that it saved are recomputed."""
+    if recompute is not Recompute.core or not torch.is_grad_enabled():
         return function(*inputs)
     return _CoreRegion(function, inputs).run(inputs)
 
 
 def saving(recompute: Recompute) -> AbstractContextManager[object]:
     """Return the context in which operations save recipes instead of the outputs of regions."""
-    if recompute in (Recompute.DEEPSEEK, Recompute.CORE):
+    if recompute in (Recompute.deepseek, Recompute.core):
         return saved_tensors_hooks(_pack, _unpack)
     return nullcontext()
 
 
 def run_block(recompute: Recompute, function: Callable[..., Result], *inputs: Tensor) -> Result:
-    """Return function(*inputs); under FULL only the inputs are kept and all of it runs again."""
-    if recompute is not Recompute.FULL or not torch.is_grad_enabled():
+    """Return function(*inputs); under `full` only the inputs are kept and all of it runs again."""
+    if recompute is not Recompute.full or not torch.is_grad_enabled():
         return function(*inputs)
     result: Any = checkpoint(function, *inputs, use_reentrant=False)
     return result

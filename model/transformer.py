@@ -49,8 +49,8 @@ class Transformer(nn.Module):
         config: ModelConfig,
         *,
         yarn: YarnConfig | None = None,
-        recompute: Recompute = Recompute.NONE,
-        compute: Compute = Compute.FP32,
+        recompute: Recompute = Recompute.none,
+        compute: Compute = Compute.fp32,
     ) -> None:
         super().__init__()
         dtype = torch_dtype(compute)

@@ -10,7 +10,7 @@ class ParallelConfig:
     """The layout of one step."""
 
     microbatch_size: int = 1  # sequences that go through the model together
-    recompute: Recompute = Recompute.NONE
+    recompute: Recompute = Recompute.none
 
     def problems(self) -> list[str]:
         """Return every broken rule."""

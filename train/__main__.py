@@ -1,16 +1,13 @@
-"""`python -m train recipe=NAME key=value …`: train, evaluate, report; resumes by itself from the run directory.
+"""`python -m train recipe=NAME key=value …`: train, evaluate, report; resumes by itself.
 
 Exit codes: 0 done, 2 bad input (nothing started), 3 unstable, 75 stopped by a signal and saved.
 """
 
 import sys
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-from rich.console import Console
 
-from model.kernels.allocator import keep_freed_memory
 from train.config_store import register, to_run_config
 from train.errors import EXIT_BAD_INPUT, exit_cleanly
 

@@ -66,7 +66,7 @@ def build_stage(config: RunConfig, stage: StageConfig, *, device: torch.device) 
     model.train()
     _check_multipliers(config, [name for name, _ in model.named_parameters()])
     engine = Zero1(model.named_parameters(), rule=parameter_rule(config.optimizer))
-    scaling = config.precision.loss_scale if config.precision.compute is Compute.FP16 else None
+    scaling = config.precision.loss_scale if config.precision.compute is Compute.fp16 else None
     masters = engine.named_views([bucket.master for bucket in engine.buckets])
     return StageParts(
         model=model,

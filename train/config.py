@@ -16,19 +16,16 @@ from parallel.config import ParallelConfig
 class Curve(StrEnum):
     """Shape of one piece of the learning-rate schedule."""
 
-    constant = "constant"
-    CONSTANT = "constant"  # jump to `to` and stay there
+    constant = "constant"  # jump to `to` and stay there
     linear = "linear"
-    LINEAR = "linear"
     cosine = "cosine"
-    COSINE = "cosine"
 
 
 @dataclass(kw_only=True, slots=True)
 class LrPiece:
     """One piece of the schedule after warm-up; it starts where the piece before it ended."""
 
-    curve: Curve = Curve.CONSTANT
+    curve: Curve = Curve.constant
     to: float | None = None  # rate at the end of the piece; null keeps the rate it starts with
     until_tokens: int | None = None  # null, with until_fraction null: the end of the stage
     until_fraction: float | None = None  # the same, as a fraction of the stage's num_tokens
@@ -110,9 +107,7 @@ class CarryOver(StrEnum):
     """What a stage does with the optimizer state of the stage before it."""
 
     keep = "keep"
-    KEEP = "keep"
     reset = "reset"
-    RESET = "reset"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -133,7 +128,7 @@ class StageConfig:
     source_weights: dict[str, float] = field(
         default_factory=dict
     )  # replaces the weights of data.sources by name
-    optimizer_state: CarryOver = CarryOver.KEEP
+    optimizer_state: CarryOver = CarryOver.keep
     parallel: ParallelConfig | None = None  # null: the run's own layout
 
     def problems(self) -> list[str]:
@@ -150,9 +145,7 @@ class Moments(StrEnum):
     """The type in which AdamW keeps its two moments; its arithmetic is FP32 either way."""
 
     bf16 = "bf16"
-    BF16 = "bf16"
     fp32 = "fp32"
-    FP32 = "fp32"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -164,7 +157,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only: not on norms, not on biases
     max_grad_norm: float = 1.0
-    moments: Moments = Moments.BF16
+    moments: Moments = Moments.bf16
     lr_multipliers: dict[str, float] = field(
         default_factory=dict
     )  # glob over parameter names -> factor, first match
@@ -216,14 +209,10 @@ class CheckpointConfig:
 class WandbMode(StrEnum):
     """Where Weights & Biases writes."""
 
-    auto = "auto"
-    AUTO = "auto"  # online when logged in, else offline
+    auto = "auto"  # online when logged in, else offline
     online = "online"
-    ONLINE = "online"
     offline = "offline"
-    OFFLINE = "offline"
     disabled = "disabled"
-    DISABLED = "disabled"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -232,7 +221,7 @@ class LoggingConfig:
 
     console_every: int = 10
     histogram_every: int = 100  # steps between expert-load histograms
-    wandb: WandbMode = WandbMode.AUTO
+    wandb: WandbMode = WandbMode.auto
     wandb_project: str = "fathom"
     wandb_entity: str | None = None
 

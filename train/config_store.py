@@ -14,7 +14,7 @@ def register() -> None:
 
 
 def to_run_config(composed: DictConfig) -> RunConfig:
-    """Turn a composed configuration into typed sections; RunError names a value that is missing or mistyped."""
+    """Turn a composed configuration into typed sections; RunError names a missing or mistyped value."""
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:

@@ -98,7 +98,7 @@ def export_weights(source: Path, target: Path, *, options: ExportOptions, consol
     stored = CheckpointWeights.open(saved.path, run, options.weights)
     kept = replace(run.model, num_mtp_layers=0) if options.mtp is MtpWeights.DROP else run.model
     model = HfModel(config=kept, yarn=stage.yarn, seq_len=stage.seq_len)
-    compute_type = ExportType.FP32 if run.precision.compute is Compute.FP32 else ExportType.BF16
+    compute_type = ExportType.FP32 if run.precision.compute is Compute.fp32 else ExportType.BF16
     dtype = DTYPES[options.dtype or compute_type]
     shards = plan_shards(hf_tensors(kept), dtype=dtype, shard_bytes=options.shard_bytes)
     with fresh_folder(target) as partial:

@@ -32,7 +32,7 @@ from train.stored_config import config_text
 STAGE = "imported"
 """The one stage of the configuration that is written; it carries the sequence length and YaRN."""
 
-COMPUTE_TYPES = {"float32": Compute.FP32, "float16": Compute.FP16}
+COMPUTE_TYPES = {"float32": Compute.fp32, "float16": Compute.fp16}
 """What a run computes in, by the type its file names; BF16 for every other, FP8 among them."""
 
 
@@ -127,7 +127,7 @@ def _run_config(
         name=target.name,
         root=str(target.parent),
         model=model.config,
-        precision=PrecisionConfig(compute=COMPUTE_TYPES.get(dtype, Compute.BF16)),
+        precision=PrecisionConfig(compute=COMPUTE_TYPES.get(dtype, Compute.bf16)),
         data=DataConfig(tokenizer=tokenizer) if tokenizer else DataConfig(),
         stages={STAGE: StageConfig(seq_len=model.seq_len, yarn=model.yarn)},
     )

@@ -130,5 +130,5 @@ class Job:
             start = self.open_data(before, start=self.state.data_start).position(self.state.stage_samples)
         self.state.enter(stage, data_start=start)
         self.state.fingerprint = fingerprint(self.config, stage=stage, data=self.data_fingerprint(stage))
-        if self.config.stages[stage].optimizer_state is CarryOver.RESET:
+        if self.config.stages[stage].optimizer_state is CarryOver.reset:
             parts.optimizer.reset()

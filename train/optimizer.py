@@ -58,7 +58,7 @@ class AdamW:
     num_updates: int
 
     def __init__(self, engine: Zero1, config: OptimizerConfig) -> None:
-        dtype = torch.bfloat16 if config.moments is Moments.BF16 else torch.float32
+        dtype = torch.bfloat16 if config.moments is Moments.bf16 else torch.float32
         self.num_updates = 0
         self._engine = engine
         self._config = config

@@ -1,4 +1,4 @@
-"""May this configuration go on from that checkpoint? Only if what fixes the tensors and the data is unchanged."""
+"""May this configuration go on from that checkpoint? Only if its tensors and its data are the same."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -36,7 +36,7 @@ def check_resumable(*, saved: dict[str, Any], now: dict[str, Any], run_dir: str)
         raise RunError(
             f"{run_dir} cannot be resumed, its model or data have changed:\n"
             + "\n".join(changed)
-            + f"\nrestore the old values, or start another run with name=…; init_from={run_dir} keeps the weights"
+            + f"\nrestore the old values, or start another run with name=…; init_from={run_dir} keeps weights"
         )
 
 

@@ -16,7 +16,7 @@ from train.validate import check
 
 
 def run(config: RunConfig) -> None:
-    """Run every part of the job that has not been done yet; RunError or DataError for what people can mend."""
+    """Run every part of the job that is not done yet; RunError or DataError for what people can mend."""
     check(config)
     keep_freed_memory()
     console = Console()

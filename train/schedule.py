@@ -84,7 +84,7 @@ def _end_of(piece: LrPiece, num_tokens: int) -> int:
 
 def _on_curve(curve: Curve, start: float, target: float, fraction: float) -> float:
     """Return the rate at `fraction` in [0, 1) of a piece."""
-    if curve is Curve.CONSTANT:
+    if curve is Curve.constant:
         return target
-    kept = 1 - fraction if curve is Curve.LINEAR else (1 + math.cos(math.pi * fraction)) / 2
+    kept = 1 - fraction if curve is Curve.linear else (1 + math.cos(math.pi * fraction)) / 2
     return start * kept + target * (1 - kept)

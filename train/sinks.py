@@ -120,7 +120,7 @@ def open_sinks(
     """
     environ = dict(os.environ)
     mode = resolve_mode(config.logging.wandb, environ)
-    if mode is WandbMode.ONLINE and not logged_in(environ):
+    if mode is WandbMode.online and not logged_in(environ):
         raise RunError(
             "logging.wandb=online needs a W&B login and there is none; run `wandb login`, or set "
             "WANDB_API_KEY, or choose logging.wandb=offline"
@@ -132,7 +132,7 @@ def open_sinks(
         stages=config.stages,
     )
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", resume_step=resume_step), screen]
-    if mode is not WandbMode.DISABLED:
+    if mode is not WandbMode.disabled:
         # Importing wandb takes about a second, which a run without it need not spend.
         from train.wandb_sink import WandbSink
 

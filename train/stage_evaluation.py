@@ -1,7 +1,7 @@
-"""Measuring a stage at its own length: the model that entered it ("before") and the one that left it ("after").
+"""Measuring a stage at its own length: the model that entered it and the one that left it.
 
-Both are read back from the permanent checkpoints of stage ends, so a crash loses no measurement, and a
-measurement never disturbs training.
+Both ("before" and "after") are read back from the permanent checkpoints of stage ends, so a crash loses no
+measurement, and a measurement never disturbs training.
 """
 
 import json

@@ -134,7 +134,7 @@ class Trainer:
             bias_speed=plan.bias_speed,
             grad_norm=update.grad_norm,
             skipped=update.skipped,
-            loss_scale=plan.loss_scale if self.config.precision.compute is Compute.FP16 else None,
+            loss_scale=plan.loss_scale if self.config.precision.compute is Compute.fp16 else None,
             load_LE=output.load_LE.cpu(),
             bias_LE=torch.stack(biases) if biases else torch.zeros(0, 0),
             seconds=seconds,
@@ -161,7 +161,7 @@ class Trainer:
             config_yaml=config_text(self.config),
             permanent=permanent,
         )
-        self.sinks.message(f"saved checkpoint {name}")
+        self.sinks.message(f"saving checkpoint {name}")
 
     def leave_if_asked(self, *, finished: bool) -> None:
         """End the run when too many steps in a row were skipped, or when a signal asks for it."""

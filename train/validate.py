@@ -65,8 +65,9 @@ def _stage_problems(config: RunConfig, stage: StageConfig) -> Iterator[str]:
             )
     if batch.start != batch.end and microbatch > 0 and batch.multiple_of % microbatch:
         yield (
-            f"batch.multiple_of={batch.multiple_of} must be a multiple of parallel.microbatch_size={microbatch}, "
-            f"so that every size on the ramp is; use {-(-batch.multiple_of // microbatch) * microbatch}"
+            f"batch.multiple_of={batch.multiple_of} must be a multiple of "
+            f"parallel.microbatch_size={microbatch}, so that every size on the ramp is; "
+            f"use {-(-batch.multiple_of // microbatch) * microbatch}"
         )
     for source in stage.source_weights:
         if source not in config.data.sources:

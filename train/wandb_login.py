@@ -14,15 +14,15 @@ PUBLIC_SERVERS = ("api.wandb.ai", "api.forge.coreweave.com")
 
 def resolve_mode(mode: WandbMode, environ: Mapping[str, str]) -> WandbMode:
     """Return ONLINE, OFFLINE or DISABLED; AUTO follows WANDB_MODE when set, else whether there is a login."""
-    if mode is not WandbMode.AUTO:
+    if mode is not WandbMode.auto:
         return mode
     match environ.get("WANDB_MODE"):
         case "disabled":
-            return WandbMode.DISABLED
+            return WandbMode.disabled
         case "offline" | "dryrun":
-            return WandbMode.OFFLINE
+            return WandbMode.offline
         case _:
-            return WandbMode.ONLINE if logged_in(environ) else WandbMode.OFFLINE
+            return WandbMode.online if logged_in(environ) else WandbMode.offline
 
 
 def logged_in(environ: Mapping[str, str]) -> bool:

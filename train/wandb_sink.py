@@ -33,7 +33,7 @@ class WandbSink:
     def __init__(self, config: RunConfig, run_dir: Path, *, mode: WandbMode) -> None:
         # wandb keeps its files in a folder of this name, and elsewhere when it cannot make it.
         (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
-        online = mode is WandbMode.ONLINE
+        online = mode is WandbMode.online
         if not online:
             # Without this wandb reports on itself to its makers, which offline means a DNS look-up a run.
             os.environ["WANDB_ERROR_REPORTING"] = "false"

@@ -76,8 +76,9 @@ class _CausalAttention(torch.autograd.Function):
         for first in range(0, batch * heads, tiling.group_heads):
             group = slice(first, first + tiling.group_heads)
             for start, end in tiling.row_blocks(length):
-                p_GQJ = _probabilities(q_NSK[group, start:end], k_NSK[group, :end], start, scale)
-                out_NSU[group, start:end] = torch.bmm(p_GQJ, v_NSU[group, :end])
+                k_GJK, v_GJU = k_NSK[group, :end].contiguous(), v_NSU[group, :end].contiguous()
+                p_GQJ = _probabilities(q_NSK[group, start:end], k_GJK, start, scale)
+                torch.bmm(p_GQJ, v_GJU, out=out_NSU[group, start:end])
         return out_NSU.view(batch, heads, length, -1).transpose(1, 2).contiguous()
 
     @staticmethod
@@ -115,22 +116,24 @@ def _group_gradients(
     q_GSK, k_GSK, v_GSU, dout_GSU = inputs
     dq_GSK, dk_GSK, dv_GSU = grads
     few = len(blocks) <= FEW_BLOCKS or k_GSK.dtype == torch.float64
-    sum_dk_GSK = dk_GSK if few else torch.empty_like(dk_GSK, dtype=torch.float32)
-    sum_dv_GSU = dv_GSU if few else torch.empty_like(dv_GSU, dtype=torch.float32)
+    sum_dk_GSK = dk_GSK if few else torch.zeros_like(dk_GSK, dtype=torch.float32)
+    sum_dv_GSU = dv_GSU if few else torch.zeros_like(dv_GSU, dtype=torch.float32)
     for start, end in reversed(blocks):
         q_GQK, dout_GQU = q_GSK[:, start:end], dout_GSU[:, start:end]
-        p_GQJ = _probabilities(q_GQK, k_GSK[:, :end], start, scale)
-        dp_GQJ = torch.bmm(dout_GQU, v_GSU[:, :end].transpose(1, 2))
+        # contiguous prefixes: batched GEMMs take up to twice as long on strided ones
+        k_GJK, v_GJU = k_GSK[:, :end].contiguous(), v_GSU[:, :end].contiguous()
+        p_GQJ = _probabilities(q_GQK, k_GJK, start, scale)
+        dp_GQJ = torch.bmm(dout_GQU, v_GJU.transpose(1, 2))
         ds_GQJ = torch.ops.aten._softmax_backward_data(dp_GQJ, p_GQJ, -1, dp_GQJ.dtype)
-        torch.mul(torch.bmm(ds_GQJ, k_GSK[:, :end]), scale, out=dq_GSK[:, start:end])
-        dk_GJK = torch.bmm(ds_GQJ.transpose(1, 2), q_GQK).mul_(scale)
-        dv_GJU = torch.bmm(p_GQJ.transpose(1, 2), dout_GQU)
-        if end == k_GSK.shape[1]:
-            sum_dk_GSK.copy_(dk_GJK)
-            sum_dv_GSU.copy_(dv_GJU)
+        dq_GQK = dq_GSK[:, start:end]
+        torch.baddbmm(dq_GQK, ds_GQJ, k_GJK, beta=0, alpha=scale, out=dq_GQK)
+        if few:
+            beta = 0 if end == k_GSK.shape[1] else 1
+            dk_GSK[:, :end].baddbmm_(ds_GQJ.transpose(1, 2), q_GQK, beta=beta, alpha=scale)
+            dv_GSU[:, :end].baddbmm_(p_GQJ.transpose(1, 2), dout_GQU, beta=beta)
         else:
-            sum_dk_GSK[:, :end] += dk_GJK
-            sum_dv_GSU[:, :end] += dv_GJU
+            sum_dk_GSK[:, :end].add_(torch.bmm(ds_GQJ.transpose(1, 2), q_GQK), alpha=scale)
+            sum_dv_GSU[:, :end].add_(torch.bmm(p_GQJ.transpose(1, 2), dout_GQU))
     if not few:
         dk_GSK.copy_(sum_dk_GSK)
         dv_GSU.copy_(sum_dv_GSU)
@@ -138,11 +141,9 @@ def _group_gradients(
 
 def _probabilities(q_GQK: Tensor, k_GJK: Tensor, start: int, scale: float) -> Tensor:
     """Return the causal softmax [G, Q, J] of the query rows that begin at position `start`."""
-    scores_GQJ = torch.bmm(q_GQK, k_GJK.transpose(1, 2)).mul_(scale)
-    rows = q_GQK.shape[1]
-    future_QQ = torch.full((rows, rows), float("-inf"), dtype=scores_GQJ.dtype).triu_(1)
-    scores_GQJ[:, :, start:] += future_QQ
-    return torch.softmax(scores_GQJ, -1)
+    rows, prefix = q_GQK.shape[1], k_GJK.shape[1]
+    mask_QJ = q_GQK.new_full((rows, prefix), float("-inf")).triu_(start + 1)
+    return torch.softmax(torch.baddbmm(mask_QJ, q_GQK, k_GJK.transpose(1, 2), alpha=scale), -1)
 
 
 def _head_major(x_BSHK: Tensor) -> Tensor:

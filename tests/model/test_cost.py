@@ -97,7 +97,7 @@ def test_deepseek_v3_flops_with_one_mtp_module() -> None:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_parameter_count_is_that_of_the_real_model(config: ModelConfig) -> None:
     with torch.device("meta"):
-        real = Transformer(config, compute=Compute.BF16)
+        real = Transformer(config, compute=Compute.bf16)
     sizes = {name: parameter.numel() for name, parameter in real.named_parameters()}
     in_mtp = sum(count for name, count in sizes.items() if name.startswith("mtp."))
 
@@ -113,7 +113,7 @@ def test_parameter_count_is_that_of_the_real_model(config: ModelConfig) -> None:
     assert counted.shared_experts == sum(n for name, n in sizes.items() if ".shared_experts." in name)
 
 
-@pytest.mark.parametrize("compute", [Compute.BF16, Compute.FP32])
+@pytest.mark.parametrize("compute", [Compute.bf16, Compute.fp32])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_bytes_are_those_of_the_real_model(config: ModelConfig, compute: Compute) -> None:
     with torch.device("meta"):
@@ -151,12 +151,12 @@ def test_flops_are_those_of_the_products_a_token_enters(config: ModelConfig) -> 
 
 
 def test_latent_cache_of_deepseek_v3_is_576_numbers_per_layer_and_token() -> None:
-    assert latent_cache_bytes_per_token(V3, compute=Compute.BF16) == 61 * (512 + 64) * 2
-    assert latent_cache_bytes_per_token(V3, compute=Compute.FP32) == 61 * (512 + 64) * 4
+    assert latent_cache_bytes_per_token(V3, compute=Compute.bf16) == 61 * (512 + 64) * 2
+    assert latent_cache_bytes_per_token(V3, compute=Compute.fp32) == 61 * (512 + 64) * 4
 
 
 def test_full_recompute_keeps_one_hidden_state_per_block() -> None:
-    assert block_input_bytes_per_token(V3, compute=Compute.BF16) == 62 * 7168 * 2
+    assert block_input_bytes_per_token(V3, compute=Compute.bf16) == 62 * 7168 * 2
 
 
 def test_every_mtp_block_has_a_router() -> None:

@@ -25,7 +25,7 @@ def make_model(
     q_lora_rank: int | None = 12,
     yarn: YarnConfig | None = None,
     vocab_size: int = 61,
-    compute: Compute = Compute.FP32,
+    compute: Compute = Compute.fp32,
 ) -> Transformer:
     """A tiny model with large weights, so that attention and routing are far from uniform."""
     config = ModelConfig(
@@ -151,7 +151,7 @@ def test_mtp_depths_repeat_the_models_own_forward() -> None:
 
 
 def test_bf16_is_cached_and_decoded_in_bf16() -> None:
-    model = make_model(compute=Compute.BF16, yarn=YARN)
+    model = make_model(compute=Compute.bf16, yarn=YARN)
     tokens = random_tokens(1, 12)
     decoder = IncrementalDecoder(model, max_length=12)
     assert decoder.cache.read(0, 1).dtype == torch.bfloat16

@@ -10,7 +10,7 @@ from model.transformer import Transformer
 from tests.model.small import small
 
 
-def weights(seed: int, compute: Compute = Compute.FP32, **changes: object) -> dict[str, torch.Tensor]:
+def weights(seed: int, compute: Compute = Compute.fp32, **changes: object) -> dict[str, torch.Tensor]:
     model = Transformer(small(num_mtp_layers=1, **changes), compute=compute)
     initialize(model, seed=seed)
     return model.state_dict()
@@ -41,7 +41,7 @@ def test_values_do_not_depend_on_the_rest_of_the_model() -> None:
 
 
 def test_values_do_not_depend_on_the_storage_type() -> None:
-    wide, narrow = weights(3), weights(3, Compute.BF16)
+    wide, narrow = weights(3), weights(3, Compute.bf16)
     for name, tensor in narrow.items():
         assert torch.equal(tensor, wide[name].to(tensor.dtype)), name
 

@@ -18,7 +18,7 @@ YARN = YarnConfig(factor=4, original_length=8)
 
 def make_attention(q_lora_rank: int | None, yarn: YarnConfig | None) -> MultiHeadLatentAttention:
     config = small(q_lora_rank=q_lora_rank, num_heads=3)
-    attention = MultiHeadLatentAttention(config, dtype=torch.float32, yarn=yarn, recompute=Recompute.NONE)
+    attention = MultiHeadLatentAttention(config, dtype=torch.float32, yarn=yarn, recompute=Recompute.none)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in attention.parameters():

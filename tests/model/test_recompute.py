@@ -19,11 +19,11 @@ from tests.model.live_bytes import LiveBytes, held_bytes
 from tests.model.oracle import randomize
 from tests.model.small import small
 
-DISCARDING = (Recompute.DEEPSEEK, Recompute.CORE)
+DISCARDING = (Recompute.deepseek, Recompute.core)
 S = 16
 
 
-def make(recompute: Recompute, compute: Compute = Compute.FP32, **changes: object) -> Transformer:
+def make(recompute: Recompute, compute: Compute = Compute.fp32, **changes: object) -> Transformer:
     model = Transformer(small(num_mtp_layers=2, **changes), recompute=recompute, compute=compute)
     randomize(model, seed=0)
     return model
@@ -50,14 +50,14 @@ def test_gradients_and_loads_are_bit_identical(compute: Compute, q_lora_rank: in
         objective(output).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert len(gradients) == len(list(model.parameters())) - 1  # all but the head's
-        if recompute is Recompute.NONE:
+        if recompute is Recompute.none:
             expected, load_LE = gradients, output.load_LE
         assert torch.equal(output.load_LE, load_LE)
         for name, gradient in expected.items():
             assert torch.equal(gradients[name], gradient), f"{recompute} {name}"
 
 
-@pytest.mark.parametrize("compute", [Compute.FP32, Compute.BF16])
+@pytest.mark.parametrize("compute", [Compute.fp32, Compute.bf16])
 def test_each_mode_holds_less_than_the_one_before(compute: Compute) -> None:
     held = [held_bytes(make(recompute, compute), *batch()) for recompute in Recompute]
     assert all(more > less for more, less in itertools.pairwise(held)), held
@@ -128,7 +128,7 @@ class CountingDispatcher(LocalDispatcher):
 
 
 @pytest.mark.parametrize(
-    ("recompute", "times"), [(Recompute.NONE, 1), (Recompute.DEEPSEEK, 1), (Recompute.CORE, 2)]
+    ("recompute", "times"), [(Recompute.none, 1), (Recompute.deepseek, 1), (Recompute.core, 2)]
 )
 def test_communication_is_never_repeated(recompute: Recompute, times: int) -> None:
     model = make(recompute)
@@ -154,9 +154,9 @@ def test_a_region_runs_again_once_for_all_its_consumers() -> None:
         return 2 * x
 
     x, weight = torch.ones(3, 3, requires_grad=True), torch.ones(3, 3, requires_grad=True)
-    with saving(Recompute.DEEPSEEK):
-        y = region(Recompute.DEEPSEEK, double, x)
-        z = region(Recompute.DEEPSEEK, double, y)  # its own input is a region's output
+    with saving(Recompute.deepseek):
+        y = region(Recompute.deepseek, double, x)
+        z = region(Recompute.deepseek, double, y)  # its own input is a region's output
         loss = (y @ weight).sum() + (y[1:].T @ weight[1:]).sum() + (z.view(9) * weight.view(9)).sum()
     del y, z
     assert calls == 2
@@ -176,8 +176,8 @@ def test_a_core_region_that_changes_its_work_is_refused() -> None:
         return x.sin() if calls == 1 else x.sin().cos()
 
     x = torch.ones(3, requires_grad=True)
-    with saving(Recompute.CORE):
-        loss = core_region(Recompute.CORE, fickle, x).exp().sum()
+    with saving(Recompute.core):
+        loss = core_region(Recompute.core, fickle, x).exp().sum()
     with pytest.raises(RuntimeError, match="same work"):
         loss.backward()
 

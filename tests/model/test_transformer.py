@@ -121,7 +121,7 @@ def objective(output: ModelOutput) -> Tensor:
     return torch.stack([hidden.float().square().mean() for hidden in output.hidden_KBSD]).sum()
 
 
-@pytest.mark.parametrize(("compute", "tolerance"), [(Compute.BF16, 0.1), (Compute.FP16, 0.0125)])
+@pytest.mark.parametrize(("compute", "tolerance"), [(Compute.bf16, 0.1), (Compute.fp16, 0.0125)])
 def test_half_precision_trains_close_to_fp32(compute: Compute, tolerance: float) -> None:
     """Every expert is chosen, so that rounding cannot turn a close decision into another path."""
     config = small(num_mtp_layers=1, top_k=8, top_k_groups=4)
@@ -168,7 +168,7 @@ def test_one_token_and_one_layer_work() -> None:
 
 def test_full_size_model_is_described_without_memory() -> None:
     with torch.device("meta"):
-        model = Transformer(ModelConfig(), compute=Compute.BF16)
+        model = Transformer(ModelConfig(), compute=Compute.bf16)
     main = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp."))
     assert main == pytest.approx(671.03e9, rel=1e-4)
     assert len(model.moe_layer_names()) == 59

@@ -64,7 +64,7 @@ class Run:
         self,
         microbatch_size: int,
         *,
-        recompute: Recompute = Recompute.NONE,
+        recompute: Recompute = Recompute.none,
         loss_scale: float = 1.0,
         mtp_weight: float = 0.3,
     ) -> None:
@@ -126,7 +126,7 @@ def test_accumulation_changes_nothing(microbatch_size: int, whole: Run) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("recompute", [Recompute.DEEPSEEK, Recompute.CORE, Recompute.FULL])
+@pytest.mark.parametrize("recompute", [Recompute.deepseek, Recompute.core, Recompute.full])
 def test_recomputation_counts_no_token_twice(recompute: Recompute, whole: Run) -> None:
     run = Run(2, recompute=recompute)
     assert_same_gradients(run, whole)

@@ -67,7 +67,7 @@ def fake_config(stages: list[FakeStage] = STAGES) -> RunConfig:
             ),
         ),
         cluster=ClusterConfig(name="laptop", peak_tflops=PEAK_TFLOPS),
-        logging=LoggingConfig(wandb=WandbMode.DISABLED, histogram_every=20),
+        logging=LoggingConfig(wandb=WandbMode.disabled, histogram_every=20),
         stages={
             s.name: StageConfig(
                 seq_len=s.seq_len,

@@ -63,7 +63,7 @@ def random_state(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def write_run(
-    folder: Path, config: ModelConfig, *, yarn: YarnConfig | None = None, compute: Compute = Compute.FP32
+    folder: Path, config: ModelConfig, *, yarn: YarnConfig | None = None, compute: Compute = Compute.fp32
 ) -> dict[str, Tensor]:
     """Write a run as training leaves it, moments and average included; return its weights."""
     folder.mkdir(parents=True)
@@ -234,7 +234,7 @@ def test_round_trip_is_bit_identical(shard_size: str, tmp_path: Path) -> None:
 
 def test_bf16_export_keeps_router_biases_in_fp32(tmp_path: Path) -> None:
     config = tiny()
-    state = write_run(tmp_path / "run", config, compute=Compute.BF16)
+    state = write_run(tmp_path / "run", config, compute=Compute.bf16)
     convert("to-hf", tmp_path / "run", tmp_path / "hf")
     stored = read_all(tmp_path / "hf")
     for tensor in hf_tensors(config):
@@ -245,7 +245,7 @@ def test_bf16_export_keeps_router_biases_in_fp32(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
     convert("from-hf", tmp_path / "hf", tmp_path / "back")
-    assert load_model(tmp_path / "back").config.precision.compute is Compute.BF16
+    assert load_model(tmp_path / "back").config.precision.compute is Compute.bf16
     convert("to-hf", tmp_path / "back", tmp_path / "again")
     again = read_all(tmp_path / "again")
     assert again.keys() == stored.keys()

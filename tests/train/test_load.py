@@ -47,7 +47,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     config = RunConfig(
         name="tiny",
         model=small(vocab_size=VOCAB, num_mtp_layers=1),
-        precision=PrecisionConfig(compute=Compute.BF16),
+        precision=PrecisionConfig(compute=Compute.bf16),
         optimizer=OptimizerConfig(ema_decay=0.9),
         stages={
             "short": StageConfig(seq_len=8, num_tokens=8),
@@ -103,7 +103,7 @@ def test_the_checkpoint_a_path_stands_for(saved: Saved, where: str, name: str) -
 @pytest.mark.parametrize("compute", [None, *Compute])
 def test_the_compute_type(saved: Saved, compute: Compute | None) -> None:
     model = load_model(saved.run, compute=compute).model
-    wanted = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[compute or Compute.BF16]
+    wanted = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[compute or Compute.bf16]
     assert model.head.weight.dtype == wanted
     assert {router.bias.dtype for router in model.routers().values()} == {torch.float32}
     assert_model_is(model, saved.tensors["long-00000004"], of="model")
@@ -118,8 +118,8 @@ def test_the_stage_decides_the_rotation(saved: Saved) -> None:
     """Equal weights at equal positions give other outputs under YaRN, and the right ones."""
     tokens = torch.arange(16).reshape(1, 1, 16).repeat(1, 2, 1)
     positions = torch.arange(16).reshape(1, 16)
-    model = load_model(Path(f"{saved.run}@long"), compute=Compute.FP32).model
-    plain = load_model(Path(f"{saved.run}@long"), compute=Compute.FP32).model
+    model = load_model(Path(f"{saved.run}@long"), compute=Compute.fp32).model
+    plain = load_model(Path(f"{saved.run}@long"), compute=Compute.fp32).model
     plain.set_yarn(None)
     expected = Transformer(saved.config.model, yarn=saved.config.stages["long"].yarn)
     expected.load_state_dict(model.state_dict())

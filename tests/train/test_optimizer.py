@@ -54,7 +54,7 @@ RATES = [1e-2, 5e-3, 2e-2, 1e-3, 1e-3, 3e-3]
 @pytest.mark.parametrize("chunk", [64, 1 << 18])
 def test_six_clipped_steps_equal_torch(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizer_module, "_CPU_CHUNK", chunk)
-    config = OptimizerConfig(moments=Moments.FP32, lr_multipliers={"2.*": 0.5, "*": 2.0})
+    config = OptimizerConfig(moments=Moments.fp32, lr_multipliers={"2.*": 0.5, "*": 2.0})
     factors = {"0.weight": 2.0, "0.bias": 2.0, "2.weight": 0.5, "2.bias": 0.5}
     model, reference = network(), network()
     engine, optimizer = engine_of(model, config)
@@ -112,7 +112,7 @@ def test_zero_multiplier_freezes() -> None:
 
 def test_bf16_moments_are_fp32_adamw_with_rounded_state() -> None:
     """Against plain torch arithmetic in which only the stored moments are rounded to BF16."""
-    config = OptimizerConfig(moments=Moments.BF16)
+    config = OptimizerConfig(moments=Moments.bf16)
     model, reference = network(), network()
     engine, optimizer = engine_of(model, config)
     weights = dict(reference.named_parameters())
@@ -146,7 +146,7 @@ def test_bf16_moments_are_fp32_adamw_with_rounded_state() -> None:
 
 def test_bf16_parameters_follow_fp32_masters() -> None:
     """Updates far below the resolution of BF16 add up in the master until the parameter moves."""
-    config = OptimizerConfig(moments=Moments.FP32, weight_decay=0.0)
+    config = OptimizerConfig(moments=Moments.fp32, weight_decay=0.0)
     parameter = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
     engine = Zero1([("w", parameter)], rule=parameter_rule(config))
     optimizer = AdamW(engine, config)
@@ -226,7 +226,7 @@ def test_restored_state_continues_bit_for_bit(moments: Moments, tmp_path: Path) 
 
 def test_state_names_and_shapes() -> None:
     model = network(torch.bfloat16)
-    _, optimizer = engine_of(model, OptimizerConfig(moments=Moments.BF16))
+    _, optimizer = engine_of(model, OptimizerConfig(moments=Moments.bf16))
     state = optimizer.state_tensors()
     for name, parameter in model.named_parameters():
         assert state[f"model.{name}"].dtype == torch.float32

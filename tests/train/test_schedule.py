@@ -19,7 +19,7 @@ V3_LR = LrConfig(
     warmup_steps=2000,
     pieces=[
         LrPiece(until_tokens=10 * T),
-        LrPiece(curve=Curve.COSINE, to=2.2e-5, until_tokens=14_300_000_000_000),
+        LrPiece(curve=Curve.cosine, to=2.2e-5, until_tokens=14_300_000_000_000),
         LrPiece(until_tokens=14_633_000_000_000),
         LrPiece(to=7.3e-6),
     ],
@@ -74,7 +74,7 @@ def test_constant_and_empty_schedules() -> None:
 
 
 def test_linear_warmup_and_cosine() -> None:
-    config = LrConfig(peak=1.0, warmup_steps=10, pieces=[LrPiece(curve=Curve.COSINE, to=0.1)])
+    config = LrConfig(peak=1.0, warmup_steps=10, pieces=[LrPiece(curve=Curve.cosine, to=0.1)])
     for step in range(1, 101):
         tokens = (step - 1) * 10
         expected = min(1, step / 10) * (0.1 + 0.9 * (1 + math.cos(math.pi * tokens / 1000)) / 2)
@@ -86,7 +86,7 @@ def test_warmup_stable_decay() -> None:
     config = LrConfig(
         peak=3e-4,
         warmup_steps=4,
-        pieces=[LrPiece(until_fraction=0.8), LrPiece(curve=Curve.LINEAR, to=0.0)],
+        pieces=[LrPiece(until_fraction=0.8), LrPiece(curve=Curve.linear, to=0.0)],
     )
     assert piece_ends(config, num_tokens=1000) == [800, 1000]
     rates = [lr_at(config, step=100, tokens=t, num_tokens=1000) for t in (0, 799, 800, 900, 950, 1000)]
@@ -128,7 +128,7 @@ def test_falling_pieces_never_rise(drawn: tuple[LrConfig, int], fractions: list[
     assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(rates))
 
 
-@given(lr_configs([Curve.LINEAR, Curve.COSINE], decreasing=False))
+@given(lr_configs([Curve.linear, Curve.cosine], decreasing=False))
 def test_sloped_pieces_join_without_a_jump(drawn: tuple[LrConfig, int]) -> None:
     config, num_tokens = drawn
     last_piece_of = {piece.until_tokens: piece for piece in config.pieces}

@@ -227,6 +227,6 @@ def test_online_without_a_login_says_what_to_do(tmp_path: Path, monkeypatch: pyt
     for name in ("WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     config = fake_config()
-    config.logging.wandb = WandbMode.ONLINE
+    config.logging.wandb = WandbMode.online
     with pytest.raises(RunError, match=r"logging\.wandb=offline"):
         open_sinks(config, tmp_path, resume_step=0, total_tokens=1)

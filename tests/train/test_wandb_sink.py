@@ -40,7 +40,7 @@ from train.sinks import open_sinks
 
 run_dir, first, last, resume_step = Path(sys.argv[1]), *map(int, sys.argv[2:5])
 config = fake_config()
-config.logging.wandb = WandbMode.AUTO
+config.logging.wandb = WandbMode.auto
 with open_sinks(config, run_dir, resume_step=resume_step, total_tokens=10**6) as sinks:
     for step in range(first, last + 1):
         extra = {"load": {"layers.1": LOAD}} if step == 2 else {}
@@ -147,19 +147,19 @@ def test_an_unreachable_server_names_the_way_out(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(wandb_sink.wandb, "init", fail)
     with pytest.raises(RunError, match=r"connection refused.*logging\.wandb=offline"):
-        wandb_sink.WandbSink(fake_config(), tmp_path, mode=WandbMode.ONLINE)
+        wandb_sink.WandbSink(fake_config(), tmp_path, mode=WandbMode.online)
 
 
 def test_auto_is_online_only_with_a_login(tmp_path: Path):
     nobody = {"HOME": str(tmp_path)}
-    assert resolve_mode(WandbMode.AUTO, nobody) is WandbMode.OFFLINE
-    assert resolve_mode(WandbMode.AUTO, nobody | {"WANDB_API_KEY": "k" * 40}) is WandbMode.ONLINE
-    assert resolve_mode(WandbMode.AUTO, {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}) is WandbMode.OFFLINE
+    assert resolve_mode(WandbMode.auto, nobody) is WandbMode.offline
+    assert resolve_mode(WandbMode.auto, nobody | {"WANDB_API_KEY": "k" * 40}) is WandbMode.online
+    assert resolve_mode(WandbMode.auto, {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}) is WandbMode.offline
     assert (
-        resolve_mode(WandbMode.AUTO, {"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}) is WandbMode.DISABLED
+        resolve_mode(WandbMode.auto, {"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}) is WandbMode.disabled
     )
-    assert resolve_mode(WandbMode.DISABLED, {"WANDB_API_KEY": "k"}) is WandbMode.DISABLED
-    assert resolve_mode(WandbMode.OFFLINE, {"WANDB_API_KEY": "k"}) is WandbMode.OFFLINE
+    assert resolve_mode(WandbMode.disabled, {"WANDB_API_KEY": "k"}) is WandbMode.disabled
+    assert resolve_mode(WandbMode.offline, {"WANDB_API_KEY": "k"}) is WandbMode.offline
 
 
 def test_a_login_is_one_for_the_server_that_is_used(tmp_path: Path):

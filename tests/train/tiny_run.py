@@ -57,7 +57,7 @@ def make_config(root: Path, model: ModelConfig) -> RunConfig:
         root=str(root),
         device="cpu",
         model=model,
-        precision=PrecisionConfig(compute=Compute.FP32),
+        precision=PrecisionConfig(compute=Compute.fp32),
         data=DataConfig(
             sources={"words": SourceConfig(path=corpus)},
             validation=corpus,
