@@ -25,22 +25,15 @@ def position_losses(model: Transformer, rows_NW: Tensor) -> Tensor:
     num_rows, seq_len = rows_NW.shape[0], rows_NW.shape[1] - 1
     sums_S = torch.zeros(seq_len, dtype=torch.float64)
     for rows_BW in rows_NW.split(max(1, TOKENS_PER_FORWARD // seq_len)):
-        hidden_BSD = main_hidden(model, rows_BW[:, :-1].to(device))
+        tokens_BS = rows_BW[:, :-1].to(device)
+        positions_BS = torch.arange(seq_len, device=device).expand_as(tokens_BS)
+        # one token a position is given, so that the MTP depths are not run
+        hidden_BSD = model(tokens_BS[:, None], positions_BS).hidden_KBSD[0]
         labels_T = rows_BW[:, 1:].reshape(-1).to(device)
         weights_T = torch.ones(len(labels_T), dtype=torch.float32, device=device)
         _, losses_T = linear_cross_entropy(hidden_BSD.flatten(0, 1), model.head.weight, labels_T, weights_T)
         sums_S += losses_T.view(-1, seq_len).double().sum(0).cpu()
     return sums_S / num_rows
-
-
-def main_hidden(model: Transformer, tokens_BS: Tensor) -> Tensor:
-    """Return the main model's final hidden states [B, S, D]; the MTP depths are not run."""
-    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand(tokens_BS.shape)
-    table_BS2F = model.rope(positions_BS)
-    x_BSD = model.embed(tokens_BS)
-    for block in model.layers.values():
-        x_BSD = block(x_BSD, table_BS2F, positions_BS).x_BSD
-    return model.norm(x_BSD)
 
 
 def position_edges(seq_len: int, lengths: Sequence[int]) -> list[int]:
