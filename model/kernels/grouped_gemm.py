@@ -74,10 +74,6 @@ class _Window:
     pad_start: int
     size: int
 
-    @property
-    def padded(self) -> slice:
-        return slice(self.pad_start, self.pad_start + self.size)
-
     def read(self, rows_RD: Tensor) -> Tensor:
         """Return W rows from `start` on: a view, or at the end of `rows` a copy with zeros behind."""
         if self.start + self.size <= len(rows_RD):
@@ -123,15 +119,17 @@ class _ExpertFFN(torch.autograd.Function):
         windows = list(_windows(counts))
         gate_XI, up_XI, weights_X1 = _window_tensors(windows, rows_RD, w1_EID.shape[1], row_weights_R)
         out_RD = torch.empty_like(rows_RD)
-        hidden, scratch = _temporaries(windows, gate_XI, 1)
-        for window in windows:
-            expert, padded = window.expert, window.padded
-            rows_WD, hidden_WI = window.read(rows_RD), hidden[0][: window.size]
-            torch.mm(rows_WD, w1_EID[expert].T, out=gate_XI[padded])
-            torch.mm(rows_WD, w3_EID[expert].T, out=up_XI[padded])
-            scratch.forward(gate_XI[padded], up_XI[padded], weights_X1[padded], hidden_WI)
+        (hidden_PI,), scratch = _temporaries(windows, gate_XI, 1)
+        w1_EDI, w3_EDI, w2_EID = (w.transpose(1, 2).unbind(0) for w in (w1_EID, w3_EID, w2_EDI))
+        parts = zip(windows, *_split(windows, gate_XI, up_XI, weights_X1), strict=True)
+        for window, gate_WI, up_WI, weights_W1 in parts:
+            expert, hidden_WI = window.expert, hidden_PI[: window.size]
+            rows_WD = window.read(rows_RD)
+            torch.mm(rows_WD, w1_EDI[expert], out=gate_WI)
+            torch.mm(rows_WD, w3_EDI[expert], out=up_WI)
+            scratch.forward(gate_WI, up_WI, weights_W1, hidden_WI)
             out_WD = window.target(out_RD)
-            torch.mm(hidden_WI, w2_EDI[expert].T, out=out_WD)
+            torch.mm(hidden_WI, w2_EID[expert], out=out_WD)
             window.keep(out_WD, out_RD)
         ctx.windows = windows
         ctx.save_for_backward(rows_RD, w1_EID, w3_EID, w2_EDI, gate_XI, up_XI, weights_X1)
@@ -146,13 +144,14 @@ class _ExpertFFN(torch.autograd.Function):
         drows_RD, dweights_R = torch.empty_like(rows_RD), weights_X1.new_empty(len(rows_RD))
         dw1_EID, dw3_EID, dw2_EDI = _weight_gradients(windows, w1_EID, w3_EID, w2_EDI)
         (hidden_PI, dgate_PI, dup_PI), scratch = _temporaries(windows, gate_XI, 3)
-        for window in windows:
-            expert, padded = window.expert, window.padded
+        parts = zip(windows, *_split(windows, gate_XI, up_XI, weights_X1), strict=True)
+        for window, gate_WI, up_WI, weights_W1 in parts:
+            expert = window.expert
             hidden_WI, dgate_WI, dup_WI = (x[: window.size] for x in (hidden_PI, dgate_PI, dup_PI))
             rows_WD, dout_WD = window.read(rows_RD), window.read(dout_RD)
             torch.mm(dout_WD, w2_EDI[expert], out=dgate_WI)  # the gradient of the weighted SwiGLU output
             dweights_W = scratch.weighted_backward(
-                gate_XI[padded], up_XI[padded], weights_X1[padded], dgate_WI, dgate_WI, dup_WI, hidden_WI
+                gate_WI, up_WI, weights_W1, dgate_WI, dgate_WI, dup_WI, hidden_WI
             )
             dweights_R[window.start : window.start + window.count] = dweights_W[: window.count]
             torch.mm(dout_WD.T, hidden_WI, out=dw2_EDI[expert])
@@ -176,6 +175,12 @@ def _window_tensors(
         own = slice(window.pad_start, window.pad_start + window.count)
         weights_X1[own, 0] = row_weights_R[window.start : window.start + window.count]
     return gate_XI, up_XI, weights_X1
+
+
+def _split(windows: list[_Window], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Return of each tensor [X, ...] its parts [W, ...] by window."""
+    sizes = [window.size for window in windows]
+    return [tensor.split(sizes) for tensor in tensors]
 
 
 def _temporaries(windows: list[_Window], gate_XI: Tensor, number: int) -> tuple[list[Tensor], SwiGLUScratch]:

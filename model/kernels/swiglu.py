@@ -31,14 +31,18 @@ class SwiGLUScratch:
     """FP32 scratch for blocks of rows, and the two passes over one block."""
 
     def __init__(self, num_rows: int, width: int, *, dtype: torch.dtype) -> None:
-        self.gate_NI, self.up_NI, self.work_NI, self.grad_NI = (
-            torch.empty(num_rows, width, dtype=dtype) for _ in range(4)
-        )
+        self._tensors_4NI = torch.empty(4, num_rows, width, dtype=dtype)
+        self._views: dict[int, list[Tensor]] = {}
+
+    def _first_rows(self, rows: int) -> list[Tensor]:
+        """Return four tensors [rows, I], made once per row count: a view costs as much as a small op."""
+        if rows not in self._views:
+            self._views[rows] = list(self._tensors_4NI[:, :rows].unbind(0))
+        return self._views[rows]
 
     def forward(self, gate_NI: Tensor, up_NI: Tensor, weights_N1: Tensor | None, out_NI: Tensor) -> None:
         """Write silu(gate) * up * weights to `out`."""
-        rows = len(gate_NI)
-        wide_NI, work_NI = self.gate_NI[:rows], self.work_NI[:rows]
+        wide_NI, work_NI, _, _ = self._first_rows(len(gate_NI))
         torch.ops.aten.silu.out(wide_NI.copy_(gate_NI), out=work_NI)
         work_NI.mul_(wide_NI.copy_(up_NI))
         if weights_N1 is not None:
@@ -49,9 +53,10 @@ class SwiGLUScratch:
         self, gate_NI: Tensor, up_NI: Tensor, grad_NI: Tensor, dgate_NI: Tensor, dup_NI: Tensor
     ) -> None:
         """Write the gradients of gate and up, given that of silu(gate) * up; outputs may be the inputs."""
-        rows = len(gate_NI)
-        gate32_NI, up32_NI = self.gate_NI[:rows].copy_(gate_NI), self.up_NI[:rows].copy_(up_NI)
-        grad32_NI, work_NI = self.grad_NI[:rows].copy_(grad_NI), self.work_NI[:rows]
+        gate32_NI, up32_NI, grad32_NI, work_NI = self._first_rows(len(gate_NI))
+        gate32_NI.copy_(gate_NI)
+        up32_NI.copy_(up_NI)
+        grad32_NI.copy_(grad_NI)
         torch.ops.aten.silu.out(gate32_NI, out=work_NI)
         dup_NI.copy_(work_NI.mul_(grad32_NI))
         torch.ops.aten.silu_backward.grad_input(grad32_NI.mul_(up32_NI), gate32_NI, grad_input=work_NI)
@@ -68,9 +73,10 @@ class SwiGLUScratch:
         out_NI: Tensor,
     ) -> Tensor:
         """Do the same for silu(gate) * up * weights; write that product to `out`, return dweights [N]."""
-        rows = len(gate_NI)
-        gate32_NI, up32_NI = self.gate_NI[:rows].copy_(gate_NI), self.up_NI[:rows].copy_(up_NI)
-        grad32_NI, work_NI = self.grad_NI[:rows].copy_(grad_NI), self.work_NI[:rows]
+        gate32_NI, up32_NI, grad32_NI, work_NI = self._first_rows(len(gate_NI))
+        gate32_NI.copy_(gate_NI)
+        up32_NI.copy_(up_NI)
+        grad32_NI.copy_(grad_NI)
         torch.ops.aten.silu.out(gate32_NI, out=work_NI)
         product_NI = work_NI * up32_NI
         dweights_N = torch.linalg.vecdot(product_NI, grad32_NI)
