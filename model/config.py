@@ -174,9 +174,9 @@ class MoEConfig:
                 f"by its two best; use at most {max(1, self.num_experts // 2)}"
             )
         if self.top_k > self.top_k_groups * group_size:
+            most = self.top_k_groups * group_size
             found.append(
-                f"top_k={self.top_k} must not exceed the {self.top_k_groups * group_size} experts of the chosen "
-                f"groups; use at most {self.top_k_groups * group_size}"
+                f"top_k={self.top_k} must not exceed the {most} experts of the chosen groups; use at most {most}"
             )
         return found
 

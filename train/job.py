@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data.dataset import TrainingData
+from data.heldout import HeldOut
 from data.loader import Batches
 from train.build import StageParts, build_stage, pick_device
 from train.checkpoint import CheckpointManager, newest_intact
@@ -43,6 +44,7 @@ class Job:
         self.todo = remaining(config, self.state)
         for stage in self.todo:
             self.open_data(stage, start={})
+            self.check_held_out(stage)
         if self.todo and self.state.stage == self.todo[0]:
             now = fingerprint(config, stage=self.state.stage, data=self.data_fingerprint(self.state.stage))
             check_resumable(saved=self.state.fingerprint, now=now, run_dir=str(run_dir))
@@ -67,6 +69,14 @@ class Job:
             start=start,
             vocab_size=config.model.vocab_size,
         )
+
+    def check_held_out(self, stage: str) -> None:
+        """Refuse now what would end the evaluation of `stage` after hours of training."""
+        config = self.config
+        if config.evaluation.enabled and config.data.validation is not None:
+            HeldOut(
+                config.data, seq_len=config.stages[stage].seq_len, extra=1, vocab_size=config.model.vocab_size
+            )
 
     def data_fingerprint(self, stage: str) -> str:
         """Return what identifies the corpus and its order."""

@@ -28,7 +28,8 @@ def run(config: RunConfig) -> None:
         last = list(config.stages)[-1]
         console.print(
             f"{run_dir}: all {len(config.stages)} stages are finished, nothing remains to train; "
-            f"raise stages.{last}.num_tokens to go on"
+            f"raise stages.{last}.num_tokens to go on",
+            soft_wrap=True,
         )
     with StopRequest() as stop:
         job.train(stop, console)
@@ -36,4 +37,4 @@ def run(config: RunConfig) -> None:
         evaluate_stage(config, run_dir, stage, console)
     report = write_report(run_dir)
     console.print(closing_table(run_dir))
-    console.print(f"report: {report}")
+    console.print(f"report: {report}", soft_wrap=True)

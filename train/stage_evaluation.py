@@ -13,7 +13,7 @@ from rich.console import Console
 
 from train.config import RunConfig
 from train.evaluate import evaluate
-from train.load import load_model
+from train.load import find_checkpoint, load_model
 from train.stages import previous
 
 
@@ -29,11 +29,11 @@ def evaluate_stage(config: RunConfig, run_dir: Path, stage: str, console: Consol
         if source is None:
             continue
         path = run_dir / "evaluations" / f"{stage}-{when}.json"
-        loaded = load_model(Path(f"{run_dir}@{source}"))
-        progress = loaded.saved.progress
+        progress = find_checkpoint(Path(f"{run_dir}@{source}")).progress
         if path.exists() and json.loads(path.read_text(encoding="utf-8"))["step"] == progress["step"]:
             continue
-        console.print(f"evaluating at the length of {stage}: checkpoint {loaded.saved.name}")
+        loaded = load_model(Path(f"{run_dir}@{source}"))
+        console.print(f"evaluating at the length of {stage}: checkpoint {loaded.saved.name}", soft_wrap=True)
         result = evaluate(
             loaded.model,
             config=config,
