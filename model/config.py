@@ -176,7 +176,7 @@ class MoEConfig:
         if self.top_k > self.top_k_groups * group_size:
             most = self.top_k_groups * group_size
             found.append(
-                f"top_k={self.top_k} must not exceed the {most} experts of the chosen groups; use at most {most}"
+                f"top_k={self.top_k} must not exceed the {most} experts of the chosen groups; use {most}"
             )
         return found
 

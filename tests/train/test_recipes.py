@@ -4,6 +4,7 @@ import pytest
 
 from model.config import YarnConfig
 from tests.golden.compose import FOLDER, RECIPES, compose_run, golden_text
+from tests.golden.config_reference import PAGE, page
 from train.schedule import batch_size_at, lr_at, num_steps, steps_value
 from train.stored_config import config_text, read_config
 from train.validate import problems
@@ -85,3 +86,7 @@ def test_smoke_is_v3_scaled_down():
         (40.0, 128),
         (40.0, 128),
     ]
+
+
+def test_the_configuration_reference_is_true():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m tests.golden.config_reference`"
