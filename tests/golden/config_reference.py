@@ -43,7 +43,7 @@ def _table(section: type) -> str:
     comments = _comments(section)
     hints = typing.get_type_hints(section)
     rows = [
-        f"| `{each.name}` | {_type_name(hints[each.name])} | {_default(each)} | {comments.get(each.name, '')} |"
+        f"| `{each.name}` | {_type_name(hints[each.name])} | {_default(each)} | {comments[each.name]} |"
         for each in dataclasses.fields(section)
     ]
     doc = (section.__doc__ or "").strip().splitlines()[0]
