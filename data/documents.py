@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from data.errors import DataError
-from data.sources import HUB, Unit, UnitKind
+from data.hub import open_hub
+from data.sources import Unit, UnitKind
 
 _ROWS_AT_ONCE = 1024
 
@@ -122,21 +123,6 @@ class UnitReader:
         dataset = open_hub(source).shard(num_shards=self.unit.stop, index=self.unit.start)
         for record in dataset:
             yield self._text_of(record, source)
-
-
-def open_hub(source: str) -> Any:
-    """Return the streaming dataset of `hf:NAME[@CONFIGURATION][:SPLIT]`, NAME on the hub or a folder."""
-    import datasets  # seconds to import, and only this kind of source needs it
-
-    name, _, split = source.removeprefix(HUB).partition(":")
-    name, _, configuration = name.partition("@")
-    try:
-        return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
-    except Exception as error:  # the library and its transports raise many unrelated classes
-        raise DataError(
-            f"source {source} cannot be opened: {type(error).__name__}: {error}; "
-            f"check the name, the network, and the form {HUB}NAME[@CONFIGURATION][:SPLIT]"
-        ) from error
 
 
 def _open(path: str, *, compression: str | None = None) -> Any:

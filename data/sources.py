@@ -18,9 +18,9 @@ import fsspec
 import pyarrow.parquet as parquet
 
 from data.errors import DataError
+from data.hub import HUB, open_hub
 
 STDLIB = "python-stdlib"
-HUB = "hf:"
 _MIN_UNIT_BYTES = 4 << 20
 _MAX_UNIT_BYTES = 256 << 20
 _TARGET_UNITS = 1024
@@ -172,8 +172,6 @@ def _num_row_groups(path: str) -> int:
 
 
 def _hub_units(source: str) -> list[Unit]:
-    from data.documents import open_hub  # `datasets` takes seconds to import and most sources do without it
-
     num_shards = open_hub(source).num_shards
     return [
         Unit(kind=UnitKind.HUB, paths=(source,), start=i, stop=num_shards, num_bytes=0)

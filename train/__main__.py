@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 bad input (nothing started), 3 unstable, 75 stopped by a signal and saved.
 """
 
+import os
 import sys
 
 import hydra
@@ -17,6 +18,9 @@ register()
 def main() -> None:
     """Compose the configuration from the command line and run the job it describes."""
     composed = False
+    # Read by OpenMP when torch is loaded, which is later. Threads that spin while they wait take the cores from
+    # those that work as soon as anything else runs on the machine: a step then takes several times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     @hydra.main(config_path="pkg://configs", config_name="config", version_base="1.3")
     def entry(overrides: DictConfig) -> None:

@@ -64,10 +64,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = (need_grad and need for need in ctx.needs_input_grad[:2])
         dhidden_TD = torch.empty_like(hidden_TD) if need_hidden else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
+        # one buffer for all chunks: a new tensor would exist beside the previous chunk's
+        buffer_CV = hidden_TD.new_empty(min(chunk_tokens, len(hidden_TD)), len(weight_VD))
         for start in range(0, len(hidden_TD), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             hidden_CD = hidden_TD[chunk]
-            logits_CV = hidden_CD @ weight_VD.T
+            logits_CV = torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[: len(hidden_CD)])
             _softmax_minus_onehot(logits_CV, labels_T[chunk], token_loss_T[chunk], need_grad=need_grad)
             if dhidden_TD is not None:
                 torch.mm(logits_CV, weight_VD, out=dhidden_TD[chunk])
