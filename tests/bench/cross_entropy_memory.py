@@ -4,10 +4,10 @@
     python -m tests.bench.cross_entropy_memory --vocabularies 32768 129280 --tokens 2048 4096 8192
 
 Each point runs forward, loss, backward and AdamW of a small two-layer FP32 model in a process of its own and
-reads the peak resident memory above what model and optimizer hold already. `fused` is the trainer's objective;
-`plain` is the same step with whole FP32 logits and torch's cross-entropy. Prints one JSON line per point, then
-one per head and vocabulary with the growth in bytes per token between the least and the most tokens. Give
-tokens from 2048 on: the fused head's buffers reach their full size at 1024.
+reads the peak resident memory above what model and optimizer hold already. `fused` is the trainer's own
+objective; `plain` is the same step with whole FP32 logits and torch's cross-entropy. Prints one JSON line per
+point, then one per head and vocabulary with the growth in bytes per token between the least and the most
+tokens. Give tokens from 2048 on: the fused head's buffer reaches its full size at 1024.
 """
 
 import argparse

@@ -1,10 +1,13 @@
 """The fused cross-entropy against plain logits and torch's cross-entropy."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.kernels import cross_entropy, reference
 from model.kernels.cross_entropy import linear_cross_entropy
@@ -102,32 +105,34 @@ def test_without_gradients_none_are_computed():
 
 
 def test_the_logits_never_exist_whole():
+    """No tensor is larger than a chunk of logits, and all chunks share one buffer."""
     tokens, chunk = 512, 32
     hidden, weight, labels, weights = problem(tokens, torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()
-    sizes = _tensor_sizes(lambda: linear_cross_entropy(hidden, weight, labels, weights, chunk_tokens=chunk))
+    tensors = _tensors(lambda: linear_cross_entropy(hidden, weight, labels, weights, chunk_tokens=chunk))
+    sizes = {size for size, _ in tensors}
     assert max(sizes) == max(chunk * V, tokens * D)
+    buffers = {pointer for size, pointer in tensors if size == chunk * V}
+    assert len(buffers) <= 2  # in the compute type, and a block of it in FP32
 
 
-def _count_gemms(function) -> int:
+def _count_gemms(function: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function()
     return sum(event.count for event in profile.key_averages() if event.key == "aten::mm")
 
 
-def _tensor_sizes(function) -> list[int]:
-    from torch.utils._python_dispatch import TorchDispatchMode
+def _tensors(function: Callable[[], object]) -> list[tuple[int, int]]:
+    """Return elements and address of every tensor that an operation yields."""
+    tensors: list[tuple[int, int]] = []
 
-    sizes: list[int] = []
-
-    class Sizes(TorchDispatchMode):
+    class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(
-                x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)
-            )
+            parts = out if isinstance(out, tuple) else (out,)
+            tensors.extend((x.numel(), x.data_ptr()) for x in parts if isinstance(x, Tensor))
             return out
 
-    with Sizes():
+    with Recorder():
         function()
-    return sizes
+    return tensors
