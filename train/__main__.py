@@ -18,7 +18,7 @@ register()
 def main() -> None:
     """Compose the configuration from the command line and run the job it describes."""
     composed = False
-    # Read by OpenMP when torch is loaded, which is later. Threads that spin while they wait take the cores from
+    # Read by OpenMP when torch is loaded, which is later. Threads that spin while waiting take the cores from
     # those that work as soon as anything else runs on the machine: a step then takes several times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

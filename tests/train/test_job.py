@@ -130,7 +130,9 @@ def test_lost_steps_are_repeated_bit_for_bit(finished, tmp_path):
     assert metrics(train(root)) == metrics(finished)
 
 
-@pytest.mark.parametrize("more", [["model.dropout=0.1"], ["precision=bf16"], ["optimizer.ema_decay=0.9"]])
+@pytest.mark.parametrize(
+    "more", [["model.dropout=0.1"], ["precision=bf16"], ["precision=fp16"], ["optimizer.ema_decay=0.9"]]
+)
 def test_resuming_is_exact_with(tmp_path, monkeypatch, more):
     whole = train(tmp_path / "whole", *more)
     stop = StopAt(6)
