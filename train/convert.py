@@ -12,9 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 from train.errors import RunError, exit_cleanly
-from train.hf_export import ExportOptions, ExportType, export_weights
-from train.hf_folder import MtpWeights
-from train.hf_import import import_weights
+from train.hf.folder import MtpWeights
+from train.hf.from_hf import import_weights
+from train.hf.to_hf import ExportOptions, ExportType, export_weights
 from train.load import Weights
 
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

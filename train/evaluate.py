@@ -1,13 +1,8 @@
 """What a model has learnt, measured on held-out text at a stage's length.
 
 Three views: the held-out loss beside uniform, unigram and bigram predictions of the same tokens; the loss by
-position (train/position_loss.py); needle retrieval (train/needle.py). Only the main head is measured. The
-result depends on the weights, the corpus and the settings, on nothing random.
-
-    python -m train.evaluate runs/smoke                        the newest checkpoint, at its stage's length
-    python -m train.evaluate runs/smoke@pretrain_4k --stage extend_32k
-
-Legend: N rows of held-out text, W = S + 1 tokens each, S sequence length.
+position (train/evaluation/position_loss.py); needle retrieval (train/evaluation/needle.py). Only the main head
+is measured. The result depends on the weights, the corpus and the settings, on nothing random.
 """
 
 import argparse
@@ -30,12 +25,12 @@ from data.tokenizer import Tokenizer
 from model.transformer import Transformer
 from train.build import pick_device
 from train.config import RunConfig
-from train.continuation import CachedScorer
 from train.errors import RunError, exit_cleanly
-from train.evaluation_table import print_evaluation
+from train.evaluation.continuation import CachedScorer
+from train.evaluation.needle import even_depths, halvings, needle_grid
+from train.evaluation.position_loss import position_edges, position_losses
+from train.evaluation.table import print_evaluation
 from train.load import LoadedModel, load_model
-from train.needle import even_depths, halvings, needle_grid
-from train.position_loss import position_edges, position_losses
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from train.build import StageParts
-from train.checkpoint_storage import load_tensors
+from train.checkpoints.storage import load_tensors
 from train.load import find_checkpoint
 
 

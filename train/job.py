@@ -12,16 +12,16 @@ from data.dataset import TrainingData
 from data.heldout import HeldOut
 from data.loader import Batches
 from train.build import StageParts, build_stage, pick_device
-from train.checkpoint import CheckpointManager, newest_intact
+from train.checkpoints.manager import CheckpointManager, newest_intact
+from train.checkpoints.manifest import SavedCheckpoint
 from train.config import CarryOver, RunConfig
 from train.errors import EXIT_STOPPED, RunError
+from train.evaluation.stages import evaluate_stage
 from train.init_from import load_initial_weights
 from train.load import find_checkpoint
-from train.manifest import SavedCheckpoint
+from train.logs.sinks import Sinks, open_sinks
 from train.resume import check_resumable, fingerprint
 from train.signals import StopRequest
-from train.sinks import Sinks, open_sinks
-from train.stage_evaluation import evaluate_stage
 from train.stages import previous, remaining
 from train.state import TrainState
 from train.stored_config import config_text

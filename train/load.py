@@ -18,12 +18,12 @@ from torch import Tensor
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import Compute
 from model.transformer import Transformer
-from train.checkpoint import newest_intact
-from train.checkpoint_metadata import read_metadata
-from train.checkpoint_storage import load_tensors
+from train.checkpoints.manager import newest_intact
+from train.checkpoints.manifest import CONFIG_FILE, MANIFEST_FILE, DamagedError, SavedCheckpoint, verify
+from train.checkpoints.metadata import read_metadata
+from train.checkpoints.storage import load_tensors
 from train.config import RunConfig
 from train.errors import RunError
-from train.manifest import CONFIG_FILE, MANIFEST_FILE, DamagedError, SavedCheckpoint, verify
 from train.stored_config import read_config
 
 

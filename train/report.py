@@ -10,15 +10,15 @@ from pathlib import Path
 from statistics import median
 
 from model.cost import active_parameters, parameters
-from train.console import duration, quantity
 from train.errors import exit_cleanly
-from train.report_balance import balance_panels
-from train.report_curves import loss_panel, schedule_panels, stability_panel
-from train.report_evaluation import evaluation_panels
-from train.report_page import Panel, Section, render_page
-from train.report_speed import speed_panels
-from train.report_timeline import Timeline, stage_colours
-from train.run_data import RunData, StageSummary, read_run, stage_summaries
+from train.logs.console import duration, quantity
+from train.reporting.balance import balance_panels
+from train.reporting.curves import loss_panel, schedule_panels, stability_panel
+from train.reporting.evaluation import evaluation_panels
+from train.reporting.page import Panel, Section, render_page
+from train.reporting.run_data import RunData, StageSummary, read_run, stage_summaries
+from train.reporting.speed import speed_panels
+from train.reporting.timeline import Timeline, stage_colours
 from train.stored_config import config_text
 
 

@@ -7,11 +7,11 @@ from rich.console import Console
 from data.prepare import prepare
 from model.kernels.allocator import keep_freed_memory
 from train.config import RunConfig
+from train.evaluation.stages import evaluate_stage
 from train.job import Job
 from train.report import write_report
+from train.reporting.summary import closing_table
 from train.signals import StopRequest
-from train.stage_evaluation import evaluate_stage
-from train.summary import closing_table
 from train.validate import check
 
 

@@ -16,14 +16,14 @@ from parallel.schedule import Batch, StepOutput
 from train.balance import update_router_biases
 from train.batch import make_batch
 from train.build import StageParts
-from train.checkpoint import CheckpointManager
+from train.checkpoints.manager import CheckpointManager
 from train.config import RunConfig
 from train.errors import EXIT_STOPPED, EXIT_UNSTABLE, RunError
-from train.metrics import StepResult, step_record
+from train.logs.metrics import StepResult, step_record
+from train.logs.sinks import Sinks
 from train.optimizer import clip_grad_norm
 from train.schedule import batch_size_at, lr_at, steps_value
 from train.signals import StopRequest
-from train.sinks import Sinks
 from train.state import TrainState
 from train.stored_config import config_text
 

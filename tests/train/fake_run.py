@@ -18,8 +18,8 @@ import torch
 from model.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 from model.cost import flops_per_token
 from train.config import BatchConfig, ClusterConfig, LoggingConfig, RunConfig, StageConfig, WandbMode
-from train.metrics import StepResult, step_record
-from train.sinks import JsonlSink
+from train.logs.metrics import StepResult, step_record
+from train.logs.sinks import JsonlSink
 from train.stored_config import config_text
 
 UNIFORM, UNIGRAM, BIGRAM = math.log(4096), 6.71, 4.38

@@ -18,14 +18,14 @@ from data.tokenizer import train_bpe
 from model.config import AttentionConfig, Compute, ModelConfig, MoEConfig, PrecisionConfig, YarnConfig
 from model.hf import Role, hf_tensors, is_mtp_tensor
 from model.transformer import Transformer
-from train import hf_writer
-from train.checkpoint import CheckpointManager
+from train.checkpoints.manager import CheckpointManager
 from train.config import RunConfig, StageConfig
 from train.convert import main, parse_size
-from train.convert_progress import byte_progress
 from train.errors import RunError
-from train.hf_folder import INDEX_FILE, HfFolder, dequantize_blocks
-from train.hf_writer import plan_shards, write_shards
+from train.hf import writer as hf_writer
+from train.hf.folder import INDEX_FILE, HfFolder, dequantize_blocks
+from train.hf.progress import byte_progress
+from train.hf.writer import plan_shards, write_shards
 from train.load import load_model
 from train.state import TrainState
 from train.stored_config import config_text

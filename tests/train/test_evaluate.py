@@ -13,10 +13,10 @@ from model.init import initialize
 from model.transformer import Transformer
 from tests.model.small import small
 from tests.train.tiny_run import make_run
-from train.continuation import CachedScorer
 from train.evaluate import evaluate, main
+from train.evaluation.continuation import CachedScorer
+from train.evaluation.position_loss import position_edges, position_losses
 from train.load import LoadedModel, load_model
-from train.position_loss import position_edges, position_losses
 
 
 @pytest.fixture(scope="module")

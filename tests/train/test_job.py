@@ -11,7 +11,7 @@ from model.config import YarnConfig
 from tests.golden.compose import compose_run
 from tests.train.tiny_job import metrics, overrides, train
 from train.build import build_stage
-from train.checkpoint import newest_intact
+from train.checkpoints.manager import newest_intact
 from train.errors import EXIT_STOPPED, EXIT_UNSTABLE, RunError
 from train.init_from import load_initial_weights
 from train.job import Job

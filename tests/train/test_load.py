@@ -12,7 +12,7 @@ from model.config import Compute, PrecisionConfig, YarnConfig
 from model.transformer import Transformer
 from tests.model.small import small
 from train.build import StageParts, build_stage
-from train.checkpoint import CheckpointManager
+from train.checkpoints.manager import CheckpointManager
 from train.config import OptimizerConfig, RunConfig, StageConfig
 from train.errors import RunError
 from train.load import Weights, find_checkpoint, load_model

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.train.fake_run import LAYERS, NUM_EXPERTS, STAGES, FakeStage, write_fake_run
 from tests.train.report_reader import Page, array, known
 from train.report import main, write_report
-from train.report_timeline import Timeline
-from train.run_data import read_run
+from train.reporting.run_data import read_run
+from train.reporting.timeline import Timeline
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_the_load_map_has_a_frame_per_histogram(page: Page, run_dir: Path):
 
 def test_a_large_model_does_not_make_a_large_page(tmp_path: Path):
     # 58 layers of 256 experts and 100 histograms are 1.5 million cells: the frames are thinned.
-    from train.report_load import MAX_CELLS, load_panels
+    from train.reporting.load import MAX_CELLS, load_panels
 
     run = read_run(write_fake_run(tmp_path / "run", [FakeStage("pretrain", 128, 4, 2)]))
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from model.config import Compute, ModelConfig, PrecisionConfig, YarnConfig
 from model.init import initialize
 from model.transformer import Transformer
 from tests.model.small import small
-from train.checkpoint import CheckpointManager
+from train.checkpoints.manager import CheckpointManager
 from train.config import EvaluationConfig, RunConfig, StageConfig
 from train.state import TrainState
 from train.stored_config import config_text

@@ -1,0 +1,1 @@
+"""DeepSeek's open-weights folders, read and written."""

@@ -1,0 +1,86 @@
+"""Weights in the layout of DeepSeek's open weights, written shard by shard.
+
+The shards are planned from shapes alone, then each is filled and written on its own: at no time is more in
+memory than the source tensors that one shard is cut from, and that shard.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.hf import HfTensor, Role
+from train.hf.folder import INDEX_FILE
+
+ReadSources = Callable[[Sequence[str]], dict[str, Tensor]]
+"""From our names to the tensors, FP32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to write."""
+
+    file: str
+    tensors: list[HfTensor]
+    num_bytes: int
+
+
+def stored_type(tensor: HfTensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the type a tensor is written in: router biases are FP32 whatever the weights are."""
+    return torch.float32 if tensor.role is Role.ROUTER_BIAS else dtype
+
+
+def plan_shards(tensors: Sequence[HfTensor], *, dtype: torch.dtype, shard_bytes: int) -> list[Shard]:
+    """Cut the tensors, in order, into files of at most `shard_bytes`; a larger tensor gets its own file."""
+    groups: list[list[HfTensor]] = []
+    sizes: list[int] = []
+    for tensor in tensors:
+        size = prod(tensor.shape) * stored_type(tensor, dtype).itemsize
+        if not groups or sizes[-1] + size > shard_bytes:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(tensor)
+        sizes[-1] += size
+    return [
+        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group, size)
+        for i, (group, size) in enumerate(zip(groups, sizes, strict=True), start=1)
+    ]
+
+
+def write_shards(
+    folder: Path,
+    shards: Sequence[Shard],
+    *,
+    dtype: torch.dtype,
+    read_sources: ReadSources,
+    written: Callable[[Shard], None],
+) -> None:
+    """Write every shard and the index; `written` is called after each. OSError when the disk is full."""
+    held: dict[str, Tensor] = {}
+    for shard in shards:
+        needed = list(dict.fromkeys(tensor.source for tensor in shard.tensors))
+        # Stacked experts often end in the next shard: keep what is still needed, read the rest.
+        held = {name: tensor for name, tensor in held.items() if name in needed}
+        held |= read_sources([name for name in needed if name not in held])
+        save_file(
+            {tensor.name: _cut(held[tensor.source], tensor, dtype) for tensor in shard.tensors},
+            folder / shard.file,
+            metadata={"format": "pt"},
+        )
+        written(shard)
+    index = {
+        "metadata": {"total_size": sum(shard.num_bytes for shard in shards)},
+        "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
+    }
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _cut(source: Tensor, tensor: HfTensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of the part of `source` that is `tensor`: files may not share memory between tensors."""
+    part = source if tensor.expert is None else source[tensor.expert]
+    return part.to(stored_type(tensor, dtype), copy=True).contiguous()
