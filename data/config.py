@@ -48,7 +48,8 @@ class DataConfig:
     validation: str | None = None  # held-out shards; null switches held-out evaluation off
     tokenizer: str = "deepseek-v3"  # or the path of a tokenizer.json
     fim_rate: float = 0.1  # share of documents rearranged as prefix-suffix-middle, report section 4.1
-    shuffle: bool = True
+    shuffle: bool = True  # the order of documents, and of samples within windows
+    shuffle_window: int = 268_435_456  # tokens within which the samples of a source are mixed; 0: not mixed
     prepare: PrepareConfig | None = None
 
     def problems(self) -> list[str]:
@@ -56,6 +57,8 @@ class DataConfig:
         found: list[str] = []
         if not 0 <= self.fim_rate <= 1:
             found.append(f"fim_rate={self.fim_rate} must lie in [0, 1]; use 0.1")
+        if self.shuffle_window < 0:
+            found.append(f"shuffle_window={self.shuffle_window} must not be negative; use 0 for no mixing")
         if self.sources and not any(source.weight > 0 for source in self.sources.values()):
             found.append("sources have no positive weight; give at least one source a weight above 0")
         return found

@@ -9,12 +9,12 @@ import json
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from data.config import DataConfig
 from data.errors import DataError
 from data.mixture import Mixture
+from data.sample_order import SampleOrder
 from data.shards import ShardFacts, open_shards
 from data.stream import TokenStream
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -23,9 +23,10 @@ from data.tokenizer import Tokenizer, load_tokenizer
 class TrainingData:
     """All samples of one stage.
 
-    Sample i comes from the source that the mixture gives it, as that source's j-th sample, and holds the
-    tokens [start + j * seq_len, start + (j + 1) * seq_len + extra_tokens) of the source's stream, so that
-    with extra_tokens = 1 + (multi-token prediction depths) no position lacks a target.
+    Sample i comes from the source that the mixture gives it, as that source's j-th draw, which is sample p(j)
+    of the source: p mixes the samples within windows of config.shuffle_window tokens, an epoch at most.
+    It holds the tokens [start + p * seq_len, start + (p + 1) * seq_len + extra_tokens) of the source's stream,
+    so that with extra_tokens = 1 + (multi-token prediction depths) no position lacks a target.
 
     weights replaces the weights of config.sources by name; start is the first token of each source (0
     where absent), what `position` of the stage before returned; vocab_size is the model's, the
@@ -61,11 +62,16 @@ class TrainingData:
             for name, source in config.sources.items()
         }
         self._mixture = Mixture(_merged_weights(config, weights or {}))
+        self._orders = {
+            name: SampleOrder(seed=seed, source=name, window=_window(config, stream, seq_len))
+            for name, stream in self._streams.items()
+        }
         self._identity = {
             "tokenizer": tokenizer.sha256,
             "seed": seed,
             "fim_rate": config.fim_rate,
             "shuffle": config.shuffle,
+            "shuffle_window": config.shuffle_window,
         }
 
     @property
@@ -84,18 +90,24 @@ class TrainingData:
         sources_B = self._mixture.sources(first, count)
         before = self._mixture.counts(first)
         for index in np.unique(sources_B).tolist():
-            # the samples of one source within a batch follow one another in its stream: one read serves all
             name = self._mixture.names[index]
             rows = np.flatnonzero(sources_B == index)
-            begin = self._start.get(name, 0) + int(before[index]) * self.seq_len
-            tokens = self._streams[name].read(begin, begin + len(rows) * self.seq_len + self.extra_tokens)
-            out_BS[rows] = sliding_window_view(tokens, width)[:: self.seq_len]
+            places = self._orders[name].places(int(before[index]), len(rows))
+            for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+                begin = self._start.get(name, 0) + place * self.seq_len
+                out_BS[row] = self._streams[name].read(begin, begin + width)
         return out_BS
 
     def position(self, i: int) -> dict[str, int]:
-        """Return the next token of each source after i samples: the `start` of a stage that follows."""
+        """Return the first unused token of each source after i samples: the `start` of a stage that follows.
+
+        A window that was begun counts as used, so that no later stage repeats one of its samples.
+        """
         counts = dict(zip(self._mixture.names, self._mixture.counts(i).tolist(), strict=True))
-        return {name: self._start.get(name, 0) + counts[name] * self.seq_len for name in self._streams}
+        return {
+            name: self._start.get(name, 0) + self._orders[name].used(counts[name]) * self.seq_len
+            for name in self._streams
+        }
 
     def fingerprint(self) -> str:
         """Return what identifies the corpus and its order; a run must not resume when it has changed.
@@ -127,6 +139,12 @@ class TrainingData:
             )
         self._facts[name] = shards.facts
         return stream
+
+
+def _window(config: DataConfig, stream: TokenStream, seq_len: int) -> int:
+    """Return the samples that are mixed together: at most those of an epoch."""
+    tokens = min(config.shuffle_window, stream.num_tokens) if config.shuffle else 0
+    return max(1, tokens // seq_len)
 
 
 def _merged_weights(config: DataConfig, weights: Mapping[str, float]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """What a model has learnt, measured on held-out text at a stage's length.
 
 Three views: the held-out loss beside uniform, unigram and bigram predictions of the same tokens; the loss by
-position (train/evaluation/position_loss.py); needle retrieval (train/evaluation/needle.py). Only the main head
-is measured. The result depends on the weights, the corpus and the settings, on nothing random.
+position (train/evaluation/position_loss.py); needle retrieval (train/evaluation/needle.py). Only the main
+head is measured. The result depends on the weights, the corpus and the settings, on nothing random.
 """
 
 import argparse

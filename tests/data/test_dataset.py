@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def test_order_depends_neither_on_batch_sizes_nor_on_the_resume_point(config: Da
 
 
 def test_samples_overlap_by_the_extra_tokens_only(config: DataConfig) -> None:
-    data = open_data(config, weights={"a": 1.0, "b": 0.0})
+    data = open_data(replace(config, shuffle_window=0), weights={"a": 1.0, "b": 0.0})
     samples = data.batch(0, 5)
     assert samples.shape == (5, 18)
     assert samples.dtype == np.int64
@@ -47,7 +48,22 @@ def test_samples_overlap_by_the_extra_tokens_only(config: DataConfig) -> None:
         assert np.array_equal(left[16:], right[:2])
 
 
+def test_mixing_draws_every_sample_of_a_window_once_and_stays_inside_it(config: DataConfig) -> None:
+    one_source = {"weights": {"a": 1.0, "b": 0.0}}
+    plain = open_data(replace(config, shuffle_window=0), **one_source).batch(0, 40)
+    mixed = open_data(replace(config, shuffle_window=16 * 20), **one_source).batch(0, 40)
+    assert not np.array_equal(plain, mixed)
+    for window in (slice(0, 20), slice(20, 40)):
+        assert sorted(map(tuple, plain[window].tolist())) == sorted(map(tuple, mixed[window].tolist()))
+
+
+def test_a_window_that_was_begun_counts_as_used(config: DataConfig) -> None:
+    data = open_data(replace(config, shuffle_window=16 * 20), weights={"a": 1.0, "b": 0.0}, start={"a": 5})
+    assert [data.position(i)["a"] for i in (0, 1, 20, 21)] == [5, 5 + 320, 5 + 320, 5 + 640]
+
+
 def test_the_next_stage_goes_on_where_this_one_ended(config: DataConfig) -> None:
+    config = replace(config, shuffle_window=0)
     first = open_data(config)
     position = first.position(50)
     assert sum(position.values()) == 50 * 16

@@ -33,6 +33,7 @@ def overrides(root: Path, *more: str) -> list[str]:
         f"data.validation={corpus}",
         f"data.tokenizer={corpus}/tokenizer.json",
         "data.prepare=null",
+        "data.shuffle_window=256",
         f"model.vocab_size={VOCAB_SIZE}",
         "model.hidden_size=32",
         "model.num_layers=2",

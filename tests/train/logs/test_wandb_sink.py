@@ -8,7 +8,7 @@ import pytest
 
 from tests.train import wandb_reader
 from tests.train.fake_run import STAGES, fake_config, fake_evaluation
-from tests.train.test_sinks import record
+from tests.train.logs.test_sinks import record
 from train.config import WandbMode
 from train.errors import RunError
 from train.logs.wandb_login import logged_in, resolve_mode
@@ -33,7 +33,7 @@ def connect(self, address):
 socket.socket.connect, socket.getaddrinfo = connect, note
 
 from tests.train.fake_run import STAGES, fake_config, fake_evaluation
-from tests.train.test_sinks import record
+from tests.train.logs.test_sinks import record
 from tests.train.test_wandb_sink import LOAD
 from train.config import WandbMode
 from train.logs.sinks import open_sinks
