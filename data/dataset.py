@@ -24,8 +24,8 @@ class TrainingData:
     """All samples of one stage.
 
     Sample i comes from the source that the mixture gives it, as that source's j-th draw, which is sample p(j)
-    of the source: p mixes the samples within windows of config.shuffle_window tokens, an epoch at most.
-    It holds the tokens [start + p * seq_len, start + (p + 1) * seq_len + extra_tokens) of the source's stream,
+    of the source: p mixes the samples within windows of config.shuffle_window tokens, one epoch at most.
+    It holds the tokens [start + p * seq_len, start + (p + 1) * seq_len + extra_tokens) of its stream,
     so that with extra_tokens = 1 + (multi-token prediction depths) no position lacks a target.
 
     weights replaces the weights of config.sources by name; start is the first token of each source (0
