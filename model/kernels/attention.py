@@ -74,11 +74,11 @@ class _CausalAttention(torch.autograd.Function):
         tiling = _tiling(length, batch * heads, q_BSHK.element_size())
         out_NSU = torch.empty_like(v_NSU)
         for first in range(0, batch * heads, tiling.group_heads):
-            heads = slice(first, first + tiling.group_heads)
+            part = slice(first, first + tiling.group_heads)
             for start, end in tiling.row_blocks(length):
-                k_GJK, v_GJU = k_NSK[heads, :end].contiguous(), v_NSU[heads, :end].contiguous()
-                p_GQJ = _probabilities(q_NSK[heads, start:end], k_GJK, start, scale)
-                torch.bmm(p_GQJ, v_GJU, out=out_NSU[heads, start:end])
+                k_GJK, v_GJU = k_NSK[part, :end].contiguous(), v_NSU[part, :end].contiguous()
+                p_GQJ = _probabilities(q_NSK[part, start:end], k_GJK, start, scale)
+                torch.bmm(p_GQJ, v_GJU, out=out_NSU[part, start:end])
         return out_NSU.view(batch, heads, length, -1).transpose(1, 2).contiguous()
 
     @staticmethod
@@ -93,10 +93,10 @@ class _CausalAttention(torch.autograd.Function):
         tiling = _tiling(length, batch * heads, q_BSHK.element_size())
         dq_NSK, dk_NSK, dv_NSU = torch.empty_like(q_NSK), torch.empty_like(k_NSK), torch.empty_like(v_NSU)
         for first in range(0, batch * heads, tiling.group_heads):
-            heads = slice(first, first + tiling.group_heads)
+            part = slice(first, first + tiling.group_heads)
             _group_gradients(
-                (q_NSK[heads], k_NSK[heads], v_NSU[heads], dout_NSU[heads]),
-                (dq_NSK[heads], dk_NSK[heads], dv_NSU[heads]),
+                (q_NSK[part], k_NSK[part], v_NSU[part], dout_NSU[part]),
+                (dq_NSK[part], dk_NSK[part], dv_NSU[part]),
                 tiling.row_blocks(length),
                 scale,
             )
