@@ -209,7 +209,7 @@ def test_sinks_write_everything_and_disabled_wandb_is_not_even_imported(tmp_path
     import sys
 
     code = (
-        "import sys; from pathlib import Path; from tests.train.test_sinks import record;"
+        "import sys; from pathlib import Path; from tests.train.logs.test_sinks import record;"
         "from tests.train.fake_run import fake_config; from train.logs.sinks import open_sinks\n"
         f"with open_sinks(fake_config(), Path({str(tmp_path)!r}), resume_step=0, total_tokens=10) as sinks:"
         " sinks.write(record(1)); sinks.message('hello')\n"
