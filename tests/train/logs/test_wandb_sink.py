@@ -34,7 +34,7 @@ socket.socket.connect, socket.getaddrinfo = connect, note
 
 from tests.train.fake_run import STAGES, fake_config, fake_evaluation
 from tests.train.logs.test_sinks import record
-from tests.train.test_wandb_sink import LOAD
+from tests.train.logs.test_wandb_sink import LOAD
 from train.config import WandbMode
 from train.logs.sinks import open_sinks
 
