@@ -45,7 +45,7 @@ class Job:
         for stage in self.todo:
             self.open_data(stage, start={})
             self.check_held_out(stage)
-        if self.todo and self.state.stage == self.todo[0]:
+        if self.todo and self.state.stage:
             now = fingerprint(config, stage=self.state.stage, data=self.data_fingerprint(self.state.stage))
             check_resumable(saved=self.state.fingerprint, now=now, run_dir=str(run_dir))
         if config.init_from and not saved:
