@@ -250,5 +250,5 @@ def assert_same_weights(run, other):
 
 def test_a_model_changed_between_two_stages_is_refused_too(tmp_path):
     train(tmp_path, "~stages.extend_32k", "~stages.extend_128k")
-    with pytest.raises(RunError, match="model.hidden_size: the run has 32"):
+    with pytest.raises(RunError, match=r"model\.hidden_size: the run has 32"):
         Job(compose_run(*overrides(tmp_path, "model.hidden_size=48")), tmp_path / "tiny")
