@@ -77,9 +77,9 @@ class _Combine(torch.autograd.Function):
 def _sum_rows(rows_RD: Tensor, row_TA: Tensor) -> Tensor:
     """Return out[t] = sum_a rows[row_TA[t, a]], summed in FP32, [T, D], type of rows."""
     (num_tokens, top_k), width = row_TA.shape, rows_RD.shape[1]
-    out_TD = rows_RD.new_empty(num_tokens, width)
     if rows_RD.device.type != "cpu":
-        return torch.sum(rows_RD[row_TA], dim=1, dtype=wide_type(rows_RD), out=None).to(rows_RD.dtype)
+        return rows_RD[row_TA].sum(1, dtype=wide_type(rows_RD)).to(rows_RD.dtype)
+    out_TD = rows_RD.new_empty(num_tokens, width)
     sum_ND = rows_RD.new_empty(scratch_rows(num_tokens, width), width, dtype=wide_type(rows_RD))
     one_ND = torch.empty_like(sum_ND)
     row_AT = row_TA.T.contiguous()
