@@ -39,7 +39,7 @@ class Job:
         self.config = config
         self.run_dir = run_dir
         self.device = pick_device(config)
-        saved = newest_intact(run_dir / "checkpoints")
+        saved = self.newest = newest_intact(run_dir / "checkpoints")
         self.state = TrainState.from_dict(saved.progress) if saved else TrainState()
         self.todo = remaining(config, self.state)
         for stage in self.todo:
@@ -84,6 +84,8 @@ class Job:
 
     def train(self, stop: StopRequest, console: Console) -> None:
         """Train every remaining stage to its end and measure it; RunError when stopped or unstable."""
+        if self.newest and not self.newest.permanent and self.state.stage not in self.todo:
+            self.checkpoints.keep(self.newest)  # a budget lowered below what was trained ends the stage here
         if not self.todo:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)

@@ -93,6 +93,17 @@ def test_raising_the_last_budget_continues_as_if_it_had_been_so_from_the_start(f
     assert metrics(root / "tiny") == metrics(whole)
 
 
+@pytest.mark.parametrize("more", [[], ["~stages.extend_32k"]])
+def test_a_budget_lowered_below_what_was_trained_ends_the_stage_there(tmp_path, more):
+    more = [*more, "~stages.extend_128k", "checkpoint.keep_last=1"]
+    train_until(6, tmp_path, *more)
+    run = train(tmp_path, *more, "stages.pretrain_4k.num_tokens=100")
+    end = newest_intact(run / "checkpoints", stage="pretrain_4k")
+    assert end is not None
+    assert end.progress["step"] == 6
+    assert end.permanent
+
+
 class StopAt(StopRequest):
     """A stop request that arrives during a given step."""
 
@@ -235,6 +246,17 @@ def test_a_pattern_that_matches_no_parameter_is_refused(tmp_path):
     config = compose_run(*overrides(tmp_path, "+optimizer.lr_multipliers.attn=0.5"))
     with pytest.raises(RunError, match="no parameter matches 'attn'"):
         build_stage(config, config.stages["pretrain_4k"], device=torch.device("cpu"))
+
+
+def train_until(step, root, *more):
+    """Train the job and stop it after a step."""
+    stop = StopAt(step)
+    fit = Trainer.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "fit", lambda self: (setattr(stop, "trainer", self), fit(self)))
+        with pytest.raises(RunError) as caught:
+            Job(compose_run(*overrides(root, *more)), root / "tiny").train(stop, quiet())
+    assert caught.value.exit_code == EXIT_STOPPED
 
 
 def quiet():

@@ -27,6 +27,7 @@ from train.checkpoints.manifest import (
     DamagedError,
     Manifest,
     SavedCheckpoint,
+    make_permanent,
     manifests,
     plain_json,
     verify,
@@ -113,6 +114,13 @@ class CheckpointManager:
             RunError: naming every missing, extra, misshaped or mistyped tensor; then nothing was written.
         """
         load_tensors(saved.path, tensors)
+
+    def keep(self, saved: SavedCheckpoint) -> None:
+        """Make a checkpoint permanent. Raises RunError when its manifest cannot be rewritten."""
+        try:
+            make_permanent(saved.path)
+        except (OSError, DamagedError) as error:
+            raise RunError(f"checkpoint {saved.path} cannot be kept: {error}; make room or fix it") from error
 
     def _write(self, snapshot: Snapshot) -> None:
         path = self._folder / snapshot.name

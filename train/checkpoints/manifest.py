@@ -5,13 +5,14 @@ the order of saving, and whether it is kept for good.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints.durable import FileRecord, measure, write_durably
+from train.checkpoints.durable import FileRecord, measure, sync_folder, write_durably
 
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
@@ -47,8 +48,11 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the file durably. Raises OSError."""
-        text = json.dumps({"format": FORMAT} | asdict(self), indent=1)
-        write_durably(folder / MANIFEST_FILE, text)
+        write_durably(folder / MANIFEST_FILE, self.text())
+
+    def text(self) -> str:
+        """Return the file's content."""
+        return json.dumps({"format": FORMAT} | asdict(self), indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -67,6 +71,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(f"{MANIFEST_FILE} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST_FILE} is unreadable: {error!r}") from error
+
+
+def make_permanent(folder: Path) -> None:
+    """Write a checkpoint's manifest anew, as of one that is kept for good. Raises OSError or DamagedError."""
+    scratch = folder / f"{MANIFEST_FILE}.partial"
+    scratch.unlink(missing_ok=True)
+    manifest = replace(read_manifest(folder), permanent=True)
+    write_durably(scratch, manifest.text())
+    os.replace(scratch, folder / MANIFEST_FILE)
+    sync_folder(folder)
 
 
 def verify(folder: Path) -> SavedCheckpoint:
