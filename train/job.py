@@ -22,7 +22,7 @@ from train.load import find_checkpoint
 from train.logs.sinks import Sinks, open_sinks
 from train.resume import check_resumable, fingerprint
 from train.signals import StopRequest
-from train.stages import previous, remaining
+from train.stages import previous, remaining, source_weights
 from train.state import TrainState
 from train.stored_config import config_text
 from train.trainer import Trainer
@@ -59,13 +59,12 @@ class Job:
     def open_data(self, stage: str, *, start: dict[str, int]) -> TrainingData:
         """Open the training data of `stage`, whose sources begin at the tokens `start`."""
         config = self.config
-        weights = {name: source.weight for name, source in config.data.sources.items()}
         return TrainingData(
             config.data,
             seed=config.seed,
             seq_len=config.stages[stage].seq_len,
             extra_tokens=1 + config.model.num_mtp_layers,
-            weights=config.stages[stage].source_weights or weights,
+            weights=source_weights(config, config.stages[stage]),
             start=start,
             vocab_size=config.model.vocab_size,
         )

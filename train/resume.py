@@ -6,6 +6,7 @@ from typing import Any
 
 from train.config import RunConfig
 from train.errors import RunError
+from train.stages import source_weights
 
 
 def fingerprint(config: RunConfig, *, stage: str, data: str) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def fingerprint(config: RunConfig, *, stage: str, data: str) -> dict[str, Any]:
         "model": asdict(config.model),
         "data": data,
         f"stages.{stage}.seq_len": current.seq_len,
-        f"stages.{stage}.source_weights": current.source_weights,
+        f"stages.{stage}.source_weights": _mixture(config, stage),
     }
     return dict(_flatten(kept, ""))
 
@@ -38,6 +39,12 @@ def check_resumable(*, saved: dict[str, Any], now: dict[str, Any], run_dir: str)
             + "\n".join(changed)
             + f"\nrestore the old values, or start another run with name=…; init_from={run_dir} keeps weights"
         )
+
+
+def _mixture(config: RunConfig, stage: str) -> dict[str, float]:
+    """Return the weights that order the samples of `stage`; that of an only source changes nothing."""
+    weights = source_weights(config, config.stages[stage])
+    return weights if len(weights) > 1 else {}
 
 
 def _flatten(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:

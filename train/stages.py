@@ -1,6 +1,6 @@
-"""Which stage of a run comes next, and where its data begins."""
+"""Which stage of a run comes next, where its data begins, and how its sources are mixed."""
 
-from train.config import RunConfig
+from train.config import RunConfig, StageConfig
 from train.errors import RunError
 from train.state import TrainState
 
@@ -31,3 +31,9 @@ def previous(config: RunConfig, stage: str) -> str | None:
     names = list(config.stages)
     position = names.index(stage)
     return names[position - 1] if position else None
+
+
+def source_weights(config: RunConfig, stage: StageConfig) -> dict[str, float]:
+    """Return the weight of every source in `stage`: its own where it gives one, else that of data.sources."""
+    own = stage.source_weights
+    return {name: own.get(name, source.weight) for name, source in config.data.sources.items()}

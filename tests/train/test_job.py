@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from data.config import SourceConfig
 from model.config import YarnConfig
 from tests.golden.compose import compose_run
 from tests.train.tiny_job import metrics, overrides, train
@@ -190,6 +191,24 @@ def test_another_model_or_other_data_are_refused_and_nothing_is_lost(finished, t
     assert caught.value.exit_code == 2
     assert named in str(caught.value)
     assert sorted(path for path in root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("where", ["data.sources", "stage"])
+def test_another_mixture_within_a_stage_is_refused(tmp_path, where):
+    """Sample i would come from another source: some would be drawn twice and some never."""
+    config = compose_run(*overrides(tmp_path))
+    config.data.sources["other"] = SourceConfig(path=config.data.sources["stdlib"].path)
+    config.stages["pretrain_4k"].num_tokens = 1
+    config.stages = {"pretrain_4k": config.stages["pretrain_4k"]}
+    Job(config, tmp_path / "tiny").train(StopRequest(), quiet())
+    config.stages["pretrain_4k"].num_tokens = 640
+    assert Job(config, tmp_path / "tiny").todo == ["pretrain_4k"]
+    if where == "stage":
+        config.stages["pretrain_4k"].source_weights = {"other": 9.0}
+    else:
+        config.data.sources["other"].weight = 9.0
+    with pytest.raises(RunError, match=r"source_weights\.other: the run has 1\.0, the .* says 9\.0"):
+        Job(config, tmp_path / "tiny")
 
 
 def test_a_refused_job_leaves_no_trace(tmp_path):
