@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 
 from train.config import RunConfig, StageConfig
 from train.errors import RunError
+from train.stages import source_weights
 
 
 def check(config: RunConfig) -> None:
@@ -73,8 +74,8 @@ def _stage_problems(config: RunConfig, stage: StageConfig) -> Iterator[str]:
         if source not in config.data.sources:
             known = ", ".join(config.data.sources) or "none"
             yield f"source_weights.{source} names no source of data.sources; known: {known}"
-    if stage.source_weights and not any(weight > 0 for weight in stage.source_weights.values()):
-        yield "source_weights has no positive weight; give at least one source a weight above 0"
+    if stage.source_weights and not any(weight > 0 for weight in source_weights(config, stage).values()):
+        yield "source_weights leaves no source a positive weight; give at least one a weight above 0"
     yield from _lr_problems(stage)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data.config import SourceConfig
 from model.config import ModelConfig, MoEConfig, YarnConfig
 from tests.golden.compose import compose_run
 from train.config import LrPiece, RunConfig
@@ -56,6 +57,16 @@ def test_unknown_source_in_a_stage_is_named():
     assert any(
         "source_weights.wikipedia names no source" in line and "stdlib" in line for line in problems(config)
     )
+
+
+def test_a_stage_may_leave_out_all_but_the_sources_it_does_not_name():
+    config = compose_run("recipe=smoke")
+    config.data.sources["other"] = SourceConfig(path="other")
+    stage = config.stages["extend_32k"]
+    stage.source_weights = {"stdlib": 0.0}
+    assert problems(config) == []
+    stage.source_weights["other"] = 0.0
+    assert any("extend_32k.source_weights leaves no source" in line for line in problems(config))
 
 
 def test_a_run_needs_stages_and_data():
