@@ -16,7 +16,7 @@ from train.checkpoints.manager import CheckpointManager, newest_intact
 from train.checkpoints.manifest import SavedCheckpoint
 from train.config import CarryOver, RunConfig
 from train.errors import EXIT_STOPPED, RunError
-from train.evaluation.stages import evaluate_stage
+from train.evaluation.stages import evaluate_stage, forget_later
 from train.init_from import load_initial_weights
 from train.load import find_checkpoint
 from train.logs.sinks import Sinks, open_sinks
@@ -89,6 +89,7 @@ class Job:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(config_text(self.config), encoding="utf-8")
+        forget_later(self.run_dir, step=self.state.step)
         total = sum(stage.num_tokens for stage in self.config.stages.values())
         with open_sinks(self.config, self.run_dir, resume_step=self.state.step, total_tokens=total) as sinks:
             for stage in self.todo:

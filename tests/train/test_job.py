@@ -20,6 +20,13 @@ from train.load import load_model
 from train.signals import StopRequest
 from train.trainer import Trainer
 
+SHORT_EVALUATION = [
+    "evaluation.num_tokens=256",
+    "evaluation.needle_trials=1",
+    "evaluation.needle_depths=1",
+    "evaluation.needle_lengths=1",
+]
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -103,6 +110,19 @@ def test_a_budget_lowered_below_what_was_trained_ends_the_stage_there(tmp_path, 
     assert end is not None
     assert end.progress["step"] == 6
     assert end.permanent
+
+
+def test_results_of_lost_checkpoints_are_measured_again(tmp_path):
+    """Another run may reach the same step under the same name; its model is another one."""
+    more = ["~stages.extend_32k", "~stages.extend_128k", "evaluation.enabled=true", *SHORT_EVALUATION]
+    run = train(tmp_path, *more)
+    result = run / "evaluations" / "pretrain_4k-after.json"
+    first = json.loads(result.read_text())
+    shutil.rmtree(run / "checkpoints")
+    train(tmp_path, *more, "seed=7")
+    second = json.loads(result.read_text())
+    assert first["step"] == second["step"]
+    assert first["held_out"]["loss"] != second["held_out"]["loss"]
 
 
 class StopAt(StopRequest):

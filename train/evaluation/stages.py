@@ -48,6 +48,14 @@ def evaluate_stage(config: RunConfig, run_dir: Path, stage: str, console: Consol
     return new
 
 
+def forget_later(run_dir: Path, *, step: int) -> None:
+    """Remove the results of steps after `step`, whose checkpoints are lost: a run is about to repeat them."""
+    for when in ("before", "after"):
+        for path in (run_dir / "evaluations").glob(f"*-{when}.json"):
+            if json.loads(path.read_text(encoding="utf-8"))["step"] > step:
+                path.unlink()
+
+
 def _write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
