@@ -23,6 +23,8 @@ def fingerprint(config: RunConfig, *, stage: str, data: str) -> dict[str, Any]:
         f"stages.{stage}.seq_len": current.seq_len,
         f"stages.{stage}.source_weights": _mixture(config, stage),
     }
+    if config.optimizer.ema_decay is not None:
+        kept["optimizer.ema_decay"] = "an average"  # its value may change, its presence adds tensors
     return dict(_flatten(kept, ""))
 
 

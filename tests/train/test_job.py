@@ -213,6 +213,18 @@ def test_another_model_or_other_data_are_refused_and_nothing_is_lost(finished, t
     assert sorted(path for path in root.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("before", "after"), [("null", "0.9"), ("0.9", "null")])
+def test_an_average_that_comes_or_goes_is_refused_before_anything_is_written(tmp_path, before, after):
+    short = ["~stages.extend_32k", "~stages.extend_128k"]
+    run = train(tmp_path, *short, f"optimizer.ema_decay={before}", "stages.pretrain_4k.num_tokens=64")
+    config = (run / "config.yaml").read_text()
+    with pytest.raises(RunError, match=r"optimizer\.ema_decay: the run has"):
+        train(tmp_path, *short, f"optimizer.ema_decay={after}")
+    assert (run / "config.yaml").read_text() == config
+    if before != "null":
+        train(tmp_path, *short, "optimizer.ema_decay=0.5")
+
+
 @pytest.mark.parametrize("where", ["data.sources", "stage"])
 def test_another_mixture_within_a_stage_is_refused(tmp_path, where):
     """Sample i would come from another source: some would be drawn twice and some never."""
