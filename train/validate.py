@@ -45,7 +45,10 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
     if not config.stages:
         yield "stages is empty; give at least one stage, or choose a recipe such as recipe=smoke"
     if not config.data.sources:
-        yield "data.sources is empty; name prepared shards as +data.sources.NAME.path=FOLDER"
+        yield (
+            "data.sources is empty; use data=corpus data.sources.corpus.path=FOLDER of prepared shards, "
+            "or name sources in a file of configs/data"
+        )
     if config.device not in ("auto", "cpu", "cuda"):
         yield f"device={config.device} is unknown; use auto, cpu or cuda"
     if not config.name or "/" in config.name:

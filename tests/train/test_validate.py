@@ -75,6 +75,13 @@ def test_a_run_needs_stages_and_data():
     assert any(line.startswith("data.sources is empty") for line in found)
 
 
+def test_the_remedy_for_missing_data_composes():
+    (line,) = [line for line in problems(RunConfig(recipe="x", name="x")) if line.startswith("data.sources")]
+    remedy = line.partition("use ")[2].partition(" of ")[0].split()
+    assert len(remedy) == 2
+    assert compose_run("recipe=smoke", *remedy).data.sources["corpus"].path == "FOLDER"
+
+
 @pytest.mark.parametrize(
     ("moe", "rule"),
     [
