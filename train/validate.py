@@ -1,5 +1,6 @@
 """Refuse a bad configuration before anything starts: every problem at once, each with its path."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
@@ -54,6 +55,8 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
     if not config.name or "/" in config.name:
         yield f"name={config.name!r} must be one folder name; set root= for another place"
     for name, stage in config.stages.items():
+        if not re.fullmatch(r"[\w.-]+", name):  # it becomes the name of files, and follows @ in RUN@STAGE
+            yield f"stages: {name!r} names files; use letters, digits, '_', '-' and '.'"
         yield from (f"stages.{name}.{line}" for line in _stage_problems(config, stage))
 
 

@@ -69,6 +69,14 @@ def test_a_stage_may_leave_out_all_but_the_sources_it_does_not_name():
     assert any("extend_32k.source_weights leaves no source" in line for line in problems(config))
 
 
+@pytest.mark.parametrize("name", ["a/b", "a@b", "", "a b"])
+def test_a_stage_name_that_cannot_be_part_of_a_file_name_is_refused(name):
+    config = compose_run("recipe=smoke")
+    config.stages[name] = config.stages.pop("extend_128k")
+    (line,) = problems(config)
+    assert line.startswith(f"stages: {name!r} names files")
+
+
 def test_a_run_needs_stages_and_data():
     found = problems(RunConfig(recipe="x", name="x"))
     assert any(line.startswith("stages is empty") for line in found)
