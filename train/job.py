@@ -107,6 +107,11 @@ class Job:
         """Train one stage from the newest checkpoint, or from its initialisation."""
         parts = build_stage(self.config, self.config.stages[stage], device=self.device)
         saved = self.checkpoints.latest()
+        if (saved.progress["step"] if saved else 0) != self.state.step:
+            raise RunError(
+                f"{self.run_dir}: the checkpoint of step {self.state.step} was damaged or replaced before "
+                f"{stage} could start from it; the same command goes on from the newest intact one"
+            )
         if saved:
             self.restore(parts, saved)
         elif self.config.init_from:

@@ -12,7 +12,7 @@ from model.config import YarnConfig
 from tests.golden.compose import compose_run
 from tests.train.tiny_job import metrics, overrides, train
 from train.build import build_stage
-from train.checkpoints.manager import newest_intact
+from train.checkpoints.manager import CheckpointManager, newest_intact
 from train.errors import EXIT_STOPPED, EXIT_UNSTABLE, RunError
 from train.init_from import load_initial_weights
 from train.job import Job
@@ -110,6 +110,28 @@ def test_a_budget_lowered_below_what_was_trained_ends_the_stage_there(tmp_path, 
     assert end is not None
     assert end.progress["step"] == 6
     assert end.permanent
+
+
+def test_a_stage_does_not_start_from_an_earlier_checkpoint_than_the_end_of_the_one_before(
+    finished, tmp_path, monkeypatch
+):
+    """The checkpoint between two stages is damaged as soon as it is written: no step may be left out."""
+    enough = CheckpointManager.wait
+
+    def damage(self):
+        enough(self)
+        for shard in (tmp_path / "tiny" / "checkpoints").glob("pretrain_4k-00000014/*.safetensors"):
+            shard.write_bytes(b"")
+
+    end = newest_intact(finished / "checkpoints", stage="pretrain_4k").progress["step"]
+    assert end == 14
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointManager, "wait", damage)
+        with pytest.raises(RunError, match="checkpoint of step 14 was"):
+            train(tmp_path, "~stages.extend_128k")
+    records = metrics(train(tmp_path, "~stages.extend_128k"))
+    assert records == metrics(finished)[: len(records)]
+    assert records[-1]["stage"] == "extend_32k"
 
 
 def test_results_of_lost_checkpoints_are_measured_again(tmp_path):
