@@ -11,6 +11,7 @@ from train.evaluation.stages import evaluate_stage
 from train.job import Job
 from train.report import write_report
 from train.reporting.summary import closing_table
+from train.run_lock import only_process
 from train.signals import StopRequest
 from train.validate import check
 
@@ -19,8 +20,12 @@ def run(config: RunConfig) -> None:
     """Run every part of the job that is not done yet; RunError or DataError for what people can mend."""
     check(config)
     keep_freed_memory()
-    console = Console()
     run_dir = Path(config.root) / config.name
+    with only_process(run_dir):
+        _run(config, run_dir, Console())
+
+
+def _run(config: RunConfig, run_dir: Path, console: Console) -> None:
     if config.data.prepare:
         prepare(config.data.prepare, tokenizer=config.data.tokenizer)
     job = Job(config, run_dir)
