@@ -53,10 +53,7 @@ class StageParts:
 
 
 def build_stage(config: RunConfig, stage: StageConfig, *, device: torch.device) -> StageParts:
-    """Build model, engine, optimizer and schedule of `stage`, initialised from `config.seed`.
-
-    RunError when a pattern of `optimizer.lr_multipliers` matches no parameter.
-    """
+    """Build model, engine, optimizer and schedule of `stage`, initialised from `config.seed`."""
     layout = stage.parallel or config.parallel
     with device:
         model = Transformer(
@@ -64,7 +61,6 @@ def build_stage(config: RunConfig, stage: StageConfig, *, device: torch.device) 
         )
     initialize(model, seed=config.seed)
     model.train()
-    _check_multipliers(config, [name for name, _ in model.named_parameters()])
     engine = Zero1(model.named_parameters(), rule=parameter_rule(config.optimizer))
     scaling = config.precision.loss_scale if config.precision.compute is Compute.fp16 else None
     masters = engine.named_views([bucket.master for bucket in engine.buckets])
@@ -78,7 +74,10 @@ def build_stage(config: RunConfig, stage: StageConfig, *, device: torch.device) 
     )
 
 
-def _check_multipliers(config: RunConfig, names: list[str]) -> None:
+def check_multipliers(config: RunConfig) -> None:
+    """Raise RunError when a pattern of `optimizer.lr_multipliers` matches no parameter."""
+    with torch.device("meta"):
+        names = [name for name, _ in Transformer(config.model).named_parameters()]
     unused = [
         glob for glob in config.optimizer.lr_multipliers if not any(fnmatchcase(n, glob) for n in names)
     ]

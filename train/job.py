@@ -11,7 +11,7 @@ from rich.console import Console
 from data.dataset import TrainingData
 from data.heldout import HeldOut
 from data.loader import Batches
-from train.build import StageParts, build_stage, pick_device
+from train.build import StageParts, build_stage, check_multipliers, pick_device
 from train.checkpoints.manager import CheckpointManager, newest_intact
 from train.checkpoints.manifest import SavedCheckpoint
 from train.config import CarryOver, RunConfig
@@ -39,6 +39,7 @@ class Job:
         self.config = config
         self.run_dir = run_dir
         self.device = pick_device(config)
+        check_multipliers(config)
         saved = self.newest = newest_intact(run_dir / "checkpoints")
         self.state = TrainState.from_dict(saved.progress) if saved else TrainState()
         self.todo = remaining(config, self.state)

@@ -318,7 +318,8 @@ def test_an_unstable_run_stops_itself_and_keeps_its_checkpoint(tmp_path, monkeyp
 def test_a_pattern_that_matches_no_parameter_is_refused(tmp_path):
     config = compose_run(*overrides(tmp_path, "+optimizer.lr_multipliers.attn=0.5"))
     with pytest.raises(RunError, match="no parameter matches 'attn'"):
-        build_stage(config, config.stages["pretrain_4k"], device=torch.device("cpu"))
+        Job(config, tmp_path / "tiny")
+    assert not (tmp_path / "tiny").exists()
 
 
 def train_until(step, root, *more):
