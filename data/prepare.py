@@ -47,10 +47,19 @@ def prepare(
     time wait for one another. Raises DataError.
     """
     problems = config.problems()
+    if workers is not None and workers < 0:
+        problems.append(f"workers={workers} must not be negative; use 0 to work in one process")
+    if not name or "/" in name:
+        problems.append(f"name={name!r} must be the beginning of a file name; use shard")
     if problems:
         raise DataError("; ".join(problems))
     folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"folder {folder} cannot be made: {error}; name a folder in a writable place"
+        ) from error
     options = options_of(config, tokenizer=tokenizer, name=name, extensions=sorted(extensions))
     with _locked(folder):
         manifest = open_manifest(folder, options)

@@ -249,6 +249,24 @@ class TestErrors:
         with pytest.raises(DataError, match=r"sources=\[\] must name.*; validation_fraction=1.5 must lie in"):
             prepare(config)
 
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--workers", "-1"], "workers=-1 must not be negative"),
+            (["--name", "a/b"], "name='a/b' must be the beginning of a file name"),
+            (["--out", "{source}"], "cannot be made"),
+        ],
+    )
+    def test_bad_options_write_nothing(
+        self, more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        source = tmp_path / "a.txt"
+        source.write_text("text")
+        arguments = [str(source), "--out", str(tmp_path / "out")]
+        assert main([*arguments, *(text.format(source=source) for text in more)]) == 2
+        assert message in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == [source]
+
     def test_an_error_in_a_worker_process_is_told_once(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
