@@ -161,6 +161,9 @@ class MoEConfig:
             found.append(
                 f"num_groups={self.num_groups} must divide num_experts={self.num_experts}; use {nearest}"
             )
+            if self.top_k > self.num_experts:
+                most = self.num_experts
+                found.append(f"top_k={self.top_k} must not exceed num_experts={most}; use {most}")
             return found
         if self.top_k_groups > self.num_groups:
             found.append(

@@ -46,8 +46,14 @@ class Job:
         for stage in self.todo:
             self.open_data(stage, start={})
             self.check_held_out(stage)
-        if self.todo and self.state.stage:
-            now = fingerprint(config, stage=self.state.stage, data=self.data_fingerprint(self.state.stage))
+        if self.state.stage:
+            # a finished run may have lost its corpus: there is nothing to read from it any more
+            data = (
+                self.data_fingerprint(self.state.stage)
+                if self.todo
+                else self.state.fingerprint.get("data", "")
+            )
+            now = fingerprint(config, stage=self.state.stage, data=data)
             check_resumable(saved=self.state.fingerprint, now=now, run_dir=str(run_dir))
         if config.init_from and not saved:
             find_checkpoint(Path(config.init_from))

@@ -101,7 +101,8 @@ def find_checkpoint(path: Path) -> SavedCheckpoint:
     run, at, stage = str(path).rpartition("@")
     if at and (Path(run) / "checkpoints").is_dir():
         return _of_run(Path(run), stage=stage)
-    raise RunError(f"{path} does not exist; name a run directory, RUN@STAGE or a checkpoint folder")
+    wrong = "is a file" if path.is_file() else "does not exist"
+    raise RunError(f"{path} {wrong}; name a run directory, RUN@STAGE or a checkpoint folder")
 
 
 def stage_of(saved: SavedCheckpoint) -> str:

@@ -66,9 +66,10 @@ def _stage_problems(config: RunConfig, stage: StageConfig) -> Iterator[str]:
     for name in ("start", "end"):
         size = getattr(batch, name)
         if microbatch > 0 and size % microbatch:
+            below, above = size // microbatch * microbatch, -(-size // microbatch) * microbatch
             yield (
                 f"batch.{name}={size} must be a multiple of parallel.microbatch_size={microbatch}; "
-                f"use {max(1, size // microbatch) * microbatch} or {-(-size // microbatch) * microbatch}"
+                f"use {f'{below} or {above}' if below > 0 else above}"
             )
     if batch.start != batch.end and microbatch > 0 and batch.multiple_of % microbatch:
         yield (

@@ -348,3 +348,9 @@ def test_a_model_changed_between_two_stages_is_refused_too(tmp_path):
     train(tmp_path, "~stages.extend_32k", "~stages.extend_128k")
     with pytest.raises(RunError, match=r"model\.hidden_size: the run has 32"):
         Job(compose_run(*overrides(tmp_path, "model.hidden_size=48")), tmp_path / "tiny")
+
+
+def test_another_seed_is_refused_on_a_finished_run_too(finished, tmp_path):
+    root = without_data_copy(finished, tmp_path)
+    with pytest.raises(RunError, match="seed: the run has 0"):
+        Job(compose_run(*overrides(root, "seed=1")), root / "tiny")

@@ -108,3 +108,13 @@ def test_impossible_routing_is_refused(moe, rule):
 
 def test_published_model_breaks_no_rule():
     assert ModelConfig().problems() == []
+
+
+def test_a_microbatch_larger_than_the_batch_has_one_remedy():
+    config = compose_run("recipe=smoke", "stages.extend_128k.parallel.microbatch_size=16")
+    (line,) = [line for line in problems(config) if "batch.start" in line]
+    assert line.endswith("use 16")
+
+
+def test_a_bad_group_count_does_not_hide_a_bad_top_k():
+    assert len(MoEConfig(num_experts=8, num_groups=3, top_k=9).problems()) == 2
