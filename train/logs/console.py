@@ -15,6 +15,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from train.config import StageConfig
 from train.reporting.run_data import needle_score
 
+WIDE_TERMINAL = 140
+"""Columns from which the progress line has room for every figure."""
+
 
 class ConsoleSink:
     """Prints a run: every `every` steps on plain output; each step on a terminal, where a bar is redrawn."""
@@ -107,22 +110,29 @@ class ConsoleSink:
             f"{quantity(self._speed.tokens_per_second)} tok/s · ETA {duration(remaining)}"
         )
 
+    def _short_figures(self, record: dict[str, Any]) -> str:
+        remaining = self._speed.seconds_for(self._total_tokens - record["tokens"])
+        speed = quantity(self._speed.tokens_per_second)
+        return f"loss {_number(record['loss'], '.3f')} · {speed} tok/s · ETA {duration(remaining)}"
+
     def _redraw(self, record: dict[str, Any]) -> None:
+        wide = self._console.width >= WIDE_TERMINAL
         if self._progress is None:
             self._progress = Progress(
                 TextColumn("[bold cyan]{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=24 if wide else 8),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TextColumn("{task.fields[figures]}"),
                 console=self._console,
             )
             self._task = self._progress.add_task("", total=self._total_tokens, figures="")
             self._progress.start()
+        all_figures = f"{quantity(record['tokens'])} tokens · {self._figures(record)}"
         self._progress.update(
             self._task,
             completed=record["tokens"],
             description=escape(f"{record['stage']} step {record['step']:,}"),
-            figures=escape(f"{quantity(record['tokens'])} tokens · {self._figures(record)}"),
+            figures=escape(all_figures if wide else self._short_figures(record)),
         )
 
 
