@@ -84,6 +84,30 @@ def num_parameters(config: ModelConfig) -> int:
     return parameters(config).total + mtp_parameters(config).total
 
 
+def layer_parameters(config: ModelConfig, layer: int) -> Parts:
+    """Return the weights of one decoder layer, counted from 0."""
+    dense = layer < config.num_dense_layers
+    return _dense_block(config) if dense else _moe_block(config, experts=config.moe.num_experts)
+
+
+def down_projections(config: ModelConfig) -> int:
+    """Return the weights of MLA's projections to the latents and the rotary key, in one layer."""
+    latents = (config.attention.q_lora_rank or 0) + config.attention.kv_lora_rank
+    return config.hidden_size * (latents + config.attention.qk_rope_head_dim)
+
+
+def layer_flops_per_token(config: ModelConfig, layer: int, seq_len: int) -> int:
+    """Return the training FLOPs per token of one decoder layer, counted from 0."""
+    dense = layer < config.num_dense_layers
+    block = _dense_block(config) if dense else _moe_block(config, experts=config.moe.top_k)
+    return BACKWARD_AND_FORWARD * (2 * block.matrices + _attention_core_flops(config, seq_len))
+
+
+def head_flops_per_token(config: ModelConfig) -> int:
+    """Return the training FLOPs per token of the main model's use of the output head."""
+    return BACKWARD_AND_FORWARD * 2 * config.vocab_size * config.hidden_size
+
+
 def main_flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Return the training FLOPs per token of the main model on sequences of `seq_len`."""
     matrices = 2 * active_parameters(config).matrices

@@ -3,9 +3,12 @@
 Queries and keys/values are projected down to small latents, normalised, and projected up to all heads. Keys
 carry position in a separate rotary part, one vector shared by all heads and taken from the hidden state. The
 phases are methods: compress (what a token leaves behind), gather (by the core), expand, attend, output.
+Where the tokens between layers are spread over devices that share the heads (`split`), only the latents are
+gathered: compress sees this device's own tokens, expand and attend all tokens and this device's heads.
 
-Legend: B sequences, S length, D hidden, H heads, N unrotated and P rotary width of queries and keys,
-K = N + P, U value width, Q query latent, C key/value latent, M tokens of the memory, F = P / 2.
+Legend: B sequences, S length (s of it on this device, between layers), D hidden, H heads, N unrotated and P
+rotary width of queries and keys, K = N + P, U value width, Q query latent, C key/value latent, M tokens of
+the memory, F = P / 2.
 """
 
 from functools import partial
@@ -19,6 +22,7 @@ from model.linear import Linear
 from model.norm import RMSNorm
 from model.recompute import core_region, region
 from model.rope import apply_rope, softmax_scale
+from model.split import SequenceSplit, WholeSequences
 
 # The released code normalises the latents with its default epsilon, whatever the configured one.
 LATENT_NORM_EPS = 1e-6
@@ -35,6 +39,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.config = sizes
         self.recompute = recompute
         self.core: AttentionCore = LocalAttention()
+        self.split: SequenceSplit = WholeSequences()
         self.nope, self.rope, self.value = sizes.qk_nope_head_dim, sizes.qk_rope_head_dim, sizes.v_head_dim
         q_width = sizes.num_heads * (self.nope + self.rope)
         kv_width = sizes.num_heads * (self.nope + self.value)
@@ -54,10 +59,12 @@ class MultiHeadLatentAttention(nn.Module):
         """Set the softmax scale that belongs to a rotation setting."""
         self.scale = softmax_scale(self.config, yarn)
 
-    def forward(self, x_BSD: Tensor, table_BS2F: Tensor, positions_BS: Tensor) -> Tensor:
-        """Return the attention output [B, S, D] of the normalised hidden states x."""
-        q_BSHK = region(self.recompute, self.expand_queries, self.compress_queries(x_BSD), table_BS2F)
-        memory = self.core.gather(self.compress_memory(x_BSD, table_BS2F, positions_BS))
+    def forward(self, x_BsD: Tensor, table_BS2F: Tensor, positions_BS: Tensor) -> Tensor:
+        """Return the attention output [B, s, D] of the normalised hidden states x."""
+        latent_BSQ = self.split.gather(self.compress_queries(x_BsD))
+        q_BSHK = region(self.recompute, self.expand_queries, latent_BSQ, table_BS2F)
+        own_table, own_positions = self.split.own(table_BS2F), self.split.own(positions_BS)
+        memory = self.core.gather(self.compress_memory(x_BsD, own_table, own_positions))
         k_BMHK, v_BMHU = region(self.recompute, self.expand_memory, memory.latent_BMC, memory.k_rope_BMP)
         attend = partial(
             self.core.attend,
@@ -96,8 +103,8 @@ class MultiHeadLatentAttention(nn.Module):
         return _head_major(nope_BMHN, k_rope_BMHP), _head_major(v_BMHU)
 
     def output(self, o_BSHU: Tensor) -> Tensor:
-        """Return the output projection [B, S, D] of the heads' results."""
-        return self.wo(o_BSHU.flatten(2))
+        """Return the output projection [B, s, D] of the heads' results."""
+        return self.split.scatter(self.wo(o_BSHU.flatten(2)))
 
 
 def _head_major(*parts_BSHX: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class MoE(nn.Module):
 
     def run_experts(self, x_BSD: Tensor, dispatched: Dispatched) -> ExpertOutput:
         """Run the routed experts on the rows that arrived, and the shared ones on the local tokens."""
-        shared_TD = None if self.shared_experts is None else self.shared_experts(x_BSD.flatten(0, 1))
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_BSD).flatten(0, 1)
         return ExpertOutput(self.experts(dispatched), shared_TD)
 
     def combine(self, output: ExpertOutput, dispatched: Dispatched) -> Tensor:

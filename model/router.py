@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import MoEConfig
+from model.split import SequenceSplit, WholeSequences
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
+        self.split: SequenceSplit = WholeSequences()
 
     def forward(self, x_BSD: Tensor) -> Routing:
         """Choose top_k experts for every token of x; see `Routing`."""
@@ -69,7 +71,12 @@ class Router(nn.Module):
             indices_TA=indices_TA,
             weights_TA=weights_TA * self.config.route_scale,
             load_E=load_BE.sum(0),
-            balance_loss=sequence_balance_loss(affinity_BSE, load_BE, self.config),
+            balance_loss=sequence_balance_loss(
+                affinity_BSE,
+                self.split.sum_counts(load_BE),
+                self.config,
+                seq_len=x_BSD.shape[1] * self.split.num_parts,
+            ),
         )
 
 
@@ -98,14 +105,17 @@ def count_choices(indices_BX: Tensor, num_experts: int) -> Tensor:
     return counts_BE.scatter_add_(1, indices_BX, torch.ones_like(indices_BX))
 
 
-def sequence_balance_loss(affinity_BSE: Tensor, load_BE: Tensor, config: MoEConfig) -> Tensor:
+def sequence_balance_loss(
+    affinity_BSE: Tensor, load_BE: Tensor, config: MoEConfig, *, seq_len: int
+) -> Tensor:
     """Return alpha * sum over sequences of sum_i f_i P_i, FP32 scalar (equations 17 to 20).
 
-    f_i = E / (A S) * choices of expert i, a constant; P_i = mean over the sequence of the affinity normalised
-    over all experts, through which alone the gradient flows.
+    f_i = E / (A seq_len) * choices of expert i, a constant; P_i = mean over the sequence of the affinity
+    normalised over all experts, through which alone the gradient flows. load_BE counts whole sequences of
+    seq_len tokens; where affinity_BSE holds only some of them, the results of all parts add up to the loss.
     """
-    fraction_BE = load_BE.float() * (config.num_experts / (config.top_k * affinity_BSE.shape[1]))
-    share_BE = (affinity_BSE / (affinity_BSE.sum(-1, keepdim=True) + 1e-20)).mean(1)
+    fraction_BE = load_BE.float() * (config.num_experts / (config.top_k * seq_len))
+    share_BE = (affinity_BSE / (affinity_BSE.sum(-1, keepdim=True) + 1e-20)).sum(1) / seq_len
     return config.balance_loss_weight * (fraction_BE * share_BE).sum()
 
 

@@ -1,77 +1,137 @@
 """From a configuration to the objects that train one stage."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from model.config import Compute
-from model.init import initialize
 from model.transformer import Transformer
-from parallel.schedule import LocalSchedule
-from parallel.zero1 import Zero1
+from model.weight_gradients import WeightGradients, install
+from parallel.config import Schedule as PipelineName
+from parallel.mesh import Mesh
+from parallel.model import ParallelModel, build_model
+from parallel.pieces import Holding
+from parallel.pipeline.actions import action_table
+from parallel.pipeline.executor import PipelineSchedule
+from parallel.pipeline.table import ActionTable
+from parallel.schedule import LocalSchedule, LossFunction, Schedule, WorldSchedule
+from parallel.tensor import TensorSplit, VocabularyRows
 from train.config import RunConfig, StageConfig
 from train.ema import Ema
+from train.engines.engine import Engine
+from train.engines.zero1 import Zero1Engine
 from train.errors import RunError
 from train.loss import Objective
 from train.loss_scale import LossScale
-from train.optimizer import AdamW, parameter_rule
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageParts:
     """Everything that trains one stage. A checkpoint is written from `tensors()` and restored into them."""
 
-    model: Transformer
-    engine: Zero1
-    optimizer: AdamW
-    schedule: LocalSchedule
+    mesh: Mesh
+    model: ParallelModel
+    engine: Engine
+    schedule: Schedule
     loss_scale: LossScale
     ema: Ema | None
 
-    def masters(self) -> dict[str, Tensor]:
-        """Return the FP32 master weights by parameter name."""
-        return self.engine.named_views([bucket.master for bucket in self.engine.buckets])
-
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Holding]:
         """Return FP32 master weights and router biases by checkpoint name."""
-        return {f"model.{name}": tensor for name, tensor in self.masters().items()} | self._biases()
+        return _named("model.{}", self.engine.weights()) | self._biases()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Holding]:
         """Return every tensor of a checkpoint by name."""
-        average = self.ema.tensors() if self.ema else {}
-        return self.optimizer.state_tensors() | self._biases() | average
+        average = self.engine.stored_like_masters(self.ema.averages()) if self.ema else {}
+        return self.weights() | _named("optim.{}", self.engine.moments()) | _named("ema.{}", average)
 
-    def use_loaded(self, *, num_updates: int) -> None:
-        """Compute from the masters that were just written, `num_updates` updates after the moments began."""
-        self.engine.publish()
-        self.optimizer.num_updates = num_updates
+    def all_biases(self, layers: Sequence[str]) -> Tensor:
+        """Return the router biases of layers of the whole model, FP32 [L, E]; all processes call this together.
 
-    def _biases(self) -> dict[str, Tensor]:
+        One process of each pipeline rank contributes: the others hold the same.
+        """
+        place, routers = self.mesh.place, self.model.routers()
+        speaks = not any(place[axis] for axis in place if axis != "pp")
+        some = next(iter(self.model.parts.values()))
+        device, num_experts = some.rope.inv_freq.device, some.config.moe.num_experts
+        bias_LE = torch.zeros(len(layers), num_experts, device=device)
+        for row, name in enumerate(layers):
+            if speaks and name in routers:
+                bias_LE[row] = routers[name].bias
+        return self.mesh.world.all_reduce(bias_LE)
+
+    def _biases(self) -> dict[str, Holding]:
         return {f"model.{name}.ffn.gate.bias": router.bias for name, router in self.model.routers().items()}
 
 
-def build_stage(config: RunConfig, stage: StageConfig, *, device: torch.device) -> StageParts:
-    """Build model, engine, optimizer and schedule of `stage`, initialised from `config.seed`."""
+def build_stage(config: RunConfig, stage: StageConfig, *, device: torch.device, mesh: Mesh) -> StageParts:
+    """Build this process's parts of the model, engine and schedule of `stage`, initialised by `config.seed`."""
     layout = stage.parallel or config.parallel
-    with device:
-        model = Transformer(
-            config.model, yarn=stage.yarn, recompute=layout.recompute, compute=config.precision.compute
-        )
-    initialize(model, seed=config.seed)
-    model.train()
-    engine = Zero1(model.named_parameters(), rule=parameter_rule(config.optimizer))
+    model = build_model(
+        config.model,
+        layout,
+        mesh,
+        device=device,
+        seed=config.seed,
+        seq_len=stage.seq_len,
+        yarn=stage.yarn,
+        compute=config.precision.compute,
+    )
+    for part in model.parts.values():
+        part.train()
+    engine = Zero1Engine(model, config.optimizer)
     scaling = config.precision.loss_scale if config.precision.compute is Compute.fp16 else None
-    masters = engine.named_views([bucket.master for bucket in engine.buckets])
+    decay = config.optimizer.ema_decay
     return StageParts(
+        mesh=mesh,
         model=model,
         engine=engine,
-        optimizer=AdamW(engine, config.optimizer),
-        schedule=LocalSchedule(model, Objective(model.head.weight), microbatch_size=layout.microbatch_size),
+        schedule=build_schedule(model, engine, config, stage),
         loss_scale=LossScale(scaling),
-        ema=Ema(masters, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
+        ema=Ema(engine.masters(), decay=decay) if decay else None,
     )
+
+
+def build_schedule(model: ParallelModel, engine: Engine, config: RunConfig, stage: StageConfig) -> Schedule:
+    """Return what runs a step's microbatches: a loop, or a pipeline schedule where there are stages."""
+    layout = stage.parallel or config.parallel
+    loss_function = objective(model)
+    if model.num_stages == 1:
+        (part,) = model.parts.values()
+        return LocalSchedule(part, loss_function, microbatch_size=layout.microbatch_size, mesh=model.mesh)
+    later = WeightGradients()
+    for part in model.parts.values():
+        install(part, later)
+
+    def table(num_microbatches: int) -> ActionTable:
+        sizes = {"pp": layout.pp, "chunks": layout.chunks, "num_microbatches": num_microbatches}
+        return action_table(layout.schedule, **sizes)
+
+    passes = PipelineSchedule(
+        model.parts,
+        cache(table),
+        pp=model.mesh.pp,
+        loss_function=loss_function,
+        microbatch_size=layout.microbatch_size,
+        weight_gradients=later,
+        on_reduce=engine.start_reduce,
+        overlap=layout.schedule is PipelineName["dualpipev"],
+        tokens_per_share=model.mesh.tp.size,
+    )
+    return WorldSchedule(passes=passes, config=config.model, mesh=model.mesh)
+
+
+def objective(model: ParallelModel) -> LossFunction:
+    """Return the loss of the model's last part; a rank without it never calls its loss."""
+    last, mesh = model.last, model.mesh
+    if last is None:
+        return Objective(torch.empty(0))
+    rows = VocabularyRows(mesh.tp, last.config.vocab_size) if mesh.tp.size > 1 else None
+    return Objective(last.head.weight, split=TensorSplit(mesh.tp, mesh.sequence), vocabulary=rows)
 
 
 def check_multipliers(config: RunConfig) -> None:
@@ -88,12 +148,19 @@ def check_multipliers(config: RunConfig) -> None:
         )
 
 
-def pick_device(config: RunConfig) -> torch.device:
-    """Return the device to train on; RunError when CUDA is asked for and absent."""
+def pick_device(config: RunConfig, *, local_rank: int = 0) -> torch.device:
+    """Return the device to train on; RunError when CUDA is asked for and absent.
+
+    local_rank: this process's place on its machine, which chooses among several accelerators.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise RunError(
             "device=cuda, but this machine or this build of torch has none; use device=cpu or device=auto"
         )
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def _named(pattern: str, tensors: dict[str, Holding]) -> dict[str, Holding]:
+    return {pattern.format(name): tensor for name, tensor in tensors.items()}

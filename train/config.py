@@ -5,7 +5,7 @@ one job (arXiv 2412.19437, sections 4.2 and 4.3); the rest of `RunConfig` is sha
 Every schedule is a function of the tokens (or steps) seen since its stage began.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from enum import StrEnum
 
 from data.config import DataConfig
@@ -110,6 +110,18 @@ class CarryOver(StrEnum):
     reset = "reset"
 
 
+def _filled_from_run(layout: type[ParallelConfig]) -> type[ParallelConfig]:
+    """Return the class with every default replaced by an interpolation of the run's own value."""
+    filled = [(each.name, each.type, field(default=f"${{parallel.{each.name}}}")) for each in fields(layout)]
+    names = {"__doc__": layout.__doc__, "__module__": layout.__module__}
+    return make_dataclass(layout.__name__, filled, bases=(layout,), namespace=names, kw_only=True, slots=True)
+
+
+@_filled_from_run
+class StageParallelConfig(ParallelConfig):
+    """The layout of one stage, with the keys of ParallelConfig; those left out are the run's own."""
+
+
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
     """One stage of training: `seq_len` and everything that may change with it."""
@@ -129,7 +141,7 @@ class StageConfig:
         default_factory=dict
     )  # replaces the weights of data.sources by name
     optimizer_state: CarryOver = CarryOver.keep
-    parallel: ParallelConfig | None = None  # null: the run's own layout
+    parallel: StageParallelConfig | None = None  # what differs from the run's own layout
 
     def problems(self) -> list[str]:
         """Return every broken rule."""

@@ -40,9 +40,9 @@ class Ema:
         """Begin the average anew at `weights`."""
         self._average = {name: _on_cpu(tensor).clone() for name, tensor in weights.items()}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the average by checkpoint name "ema.<name>"; writing into the tensors restores it."""
-        return {f"ema.{name}": tensor for name, tensor in self._average.items()}
+    def averages(self) -> dict[str, Tensor]:
+        """Return the average by name; writing into the tensors restores it."""
+        return dict(self._average)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

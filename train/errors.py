@@ -1,11 +1,31 @@
-"""A user's mistake ends a command with one message and a documented exit code, never with a traceback."""
+"""A user's mistake ends a command with one message and a documented exit code, never with a traceback.
 
+| code | meaning |
+| --- | --- |
+| 0 | done |
+| 2 | bad configuration, data, checkpoint, environment or launcher; nothing was started |
+| 3 | too many steps in a row were not finite |
+| 4 | a process of the job died or hung; the others were ended |
+| 75 | stopped by a signal after saving; the same command continues |
+
+A job of many processes prints a mistake that all of them make once. Rank 0 speaks first; another rank speaks,
+with its number in front, when it alone made the mistake. torchrun itself exits with 1 and lists these codes.
+"""
+
+import os
 import sys
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from model.errors import WeightsError
+from parallel.errors import EXIT_LOST, LostRankError, ProcessError
+
+if TYPE_CHECKING:  # importing it loads torch, which takes longer than to answer `--help`
+    from parallel.process import Processes
 
 EXIT_BAD_INPUT = 2
 """The configuration, data, checkpoint or machine does not allow what was asked; nothing was started."""
@@ -15,6 +35,12 @@ EXIT_UNSTABLE = 3
 
 EXIT_STOPPED = 75
 """A signal asked the run to stop; its state is saved and the same command continues it (EX_TEMPFAIL)."""
+
+HEAD_START_S = 1
+"""How long the other processes of a job that has met leave it to rank 0 to report a mistake."""
+
+UNMET_HEAD_START_S = 5
+"""The same before they can ask each other; by then the launcher has ended whoever would say it again."""
 
 
 class RunError(Exception):
@@ -26,14 +52,60 @@ class RunError(Exception):
 
 
 @contextmanager
-def exit_cleanly() -> Iterator[None]:
-    """Turn the errors that people can mend into one message on stderr and an exit code."""
+def exit_cleanly(processes: "Processes | None" = None) -> Iterator[None]:
+    """Turn the errors that people can mend into one message on stderr and an exit code.
+
+    processes: give them inside `join`; they then leave without waiting for each other. Around it, or in a
+    command of one process, leave them out.
+    """
     try:
         yield
     except RunError as error:
         mistake = "" if error.exit_code == EXIT_STOPPED else "error: "
-        print(f"{mistake}{error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (DataError, WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        report(f"{mistake}{error}", processes)
+        _leave(error.exit_code, processes)
+    except (DataError, WeightsError, ProcessError) as error:
+        report(f"error: {error}", processes)
+        _leave(EXIT_BAD_INPUT, processes)
+    except LostRankError:  # the watchdog has printed it
+        _leave(EXIT_LOST, processes)
+
+
+def report(message: str, processes: "Processes | None" = None) -> None:
+    """Print `message` on stderr, in a job of many processes only if no other process prints the same.
+
+    processes: see `exit_cleanly`.
+    """
+    if processes is None:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # The launcher ends the processes of a machine when one has left: before these waits are over.
+            first_of_machine = os.environ.get("LOCAL_RANK") == "0"
+            time.sleep(UNMET_HEAD_START_S if first_of_machine else 2 * UNMET_HEAD_START_S)
+        said = False
+    else:
+        rank = str(processes.rank)
+        said = _said(message, processes)
+    if not said:
+        print(message if rank == "0" else f"rank {rank}: {message}", file=sys.stderr)
+
+
+def _said(message: str, processes: "Processes") -> bool:
+    """Return whether another process has printed `message`; if not, this one is the one to do so."""
+    if processes.store is None:
+        return False
+    if processes.rank > 0:
+        time.sleep(HEAD_START_S)
+    try:
+        return processes.store.add(f"said-{zlib.crc32(message.encode()):08x}", 1) > 1
+    except RuntimeError:  # torch's DistError: the store has left with whoever kept it
+        return False
+
+
+def _leave(code: int, processes: "Processes | None") -> None:
+    if processes is not None and processes.world_size > 1:
+        # Ending the interpreter would tear down process groups, which waits for the others, or complains.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

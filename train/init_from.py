@@ -12,7 +12,8 @@ def load_initial_weights(parts: StageParts, path: Path) -> None:
 
     RunError naming every tensor that is missing, extra or misshaped, when it is another model.
     """
-    load_tensors(find_checkpoint(path).path, parts.weights(), prefix="model.")
-    parts.use_loaded(num_updates=0)
+    folder = find_checkpoint(path).path
+    load_tensors(folder, parts.weights(), prefix="model.", group=parts.mesh.world)
+    parts.engine.use_loaded(num_updates=0)
     if parts.ema:
-        parts.ema.restart(parts.masters())
+        parts.ema.restart(parts.engine.masters())

@@ -11,7 +11,9 @@ from rich.console import Console
 from data.dataset import TrainingData
 from data.heldout import HeldOut
 from data.loader import Batches
-from train.build import StageParts, build_stage, check_multipliers, pick_device
+from parallel.checks import layout_of
+from parallel.mesh import build_mesh
+from train.build import StageParts, build_stage, check_multipliers
 from train.checkpoints.manager import CheckpointManager, newest_intact
 from train.checkpoints.manifest import SavedCheckpoint
 from train.config import CarryOver, RunConfig
@@ -25,22 +27,23 @@ from train.signals import StopRequest
 from train.stages import previous, remaining, source_weights
 from train.state import TrainState
 from train.stored_config import config_text
+from train.team import Team
 from train.trainer import Trainer
 
 
 class Job:
-    """Trains the remaining stages of one run.
+    """Trains the remaining stages of one run; all its processes together.
 
     Opening a job checks everything that can be refused: device, data of every remaining stage, and that
     the newest checkpoint belongs to this model and these data. RunError or DataError then, nothing changed.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, team: Team) -> None:
         self.config = config
         self.run_dir = run_dir
-        self.device = pick_device(config)
+        self.team = team
         check_multipliers(config)
-        saved = self.newest = newest_intact(run_dir / "checkpoints")
+        saved = self.newest = newest_intact(run_dir / "checkpoints", group=team.world)
         self.state = TrainState.from_dict(saved.progress) if saved else TrainState()
         self.todo = remaining(config, self.state)
         for stage in self.todo:
@@ -61,6 +64,7 @@ class Job:
             run_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
             asynchronous=config.checkpoint.asynchronous,
+            group=team.world,
         )
 
     def open_data(self, stage: str, *, start: dict[str, int]) -> TrainingData:
@@ -94,25 +98,44 @@ class Job:
             self.checkpoints.keep(self.newest)  # a budget lowered below what was trained ends the stage here
         if not self.todo:
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(config_text(self.config), encoding="utf-8")
-        forget_later(self.run_dir, step=self.state.step)
-        total = sum(stage.num_tokens for stage in self.config.stages.values())
-        with open_sinks(self.config, self.run_dir, resume_step=self.state.step, total_tokens=total) as sinks:
+        self.team.lead(self.open_run_dir)
+        with self.sinks() as sinks:
             for stage in self.todo:
                 self.train_stage(stage, sinks, stop)
-                for result in evaluate_stage(self.config, self.run_dir, stage, console):
-                    sinks.evaluation(result)
-                if stop.requested and stage != self.todo[-1]:
+                self.team.lead(lambda done=stage: self.evaluate(done, sinks, console))
+                asked = stop.agreed(self.team.world)
+                if asked and stage != self.todo[-1]:
                     raise RunError(
-                        f"stopped by {stop.requested} at the end of stage {stage}, which is saved; "
+                        f"stopped by {asked} at the end of stage {stage}, which is saved; "
                         "the same command continues with the next stage",
                         exit_code=EXIT_STOPPED,
                     )
 
+    def open_run_dir(self) -> None:
+        """Write down what is about to run, and drop the results of steps that will be repeated."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "config.yaml").write_text(config_text(self.config), encoding="utf-8")
+        forget_later(self.run_dir, step=self.state.step)
+
+    def sinks(self) -> Sinks:
+        """Open what receives the records of steps: on the leader alone."""
+        if not self.team.leads:
+            return Sinks([])
+        total = sum(stage.num_tokens for stage in self.config.stages.values())
+        return open_sinks(self.config, self.run_dir, resume_step=self.state.step, total_tokens=total)
+
+    def evaluate(self, stage: str, sinks: Sinks, console: Console) -> None:
+        """Measure a finished stage."""
+        for result in evaluate_stage(self.config, self.run_dir, stage, console):
+            sinks.evaluation(result)
+
     def train_stage(self, stage: str, sinks: Sinks, stop: StopRequest) -> None:
         """Train one stage from the newest checkpoint, or from its initialisation."""
-        parts = build_stage(self.config, self.config.stages[stage], device=self.device)
+        config, team = self.config.stages[stage], self.team
+        layout = layout_of(config.parallel or self.config.parallel, team.world.size)
+        mesh = build_mesh(layout, rank=team.processes.rank, trace=team.trace)
+        parts = build_stage(self.config, config, device=team.device, mesh=mesh)
+        team.watchdog.groups = mesh.members()
         saved = self.checkpoints.latest()
         if (saved.progress["step"] if saved else 0) != self.state.step:
             raise RunError(
@@ -126,7 +149,8 @@ class Job:
         if self.state.stage != stage:
             self.enter(stage, parts)
         data = self.open_data(stage, start=self.state.data_start)
-        with Batches(data, self.state.stage_samples) as batches:
+        first = self.state.stage_samples
+        with Batches(data, first, part=mesh.dp_rank, parts=layout.dp) as batches:
             Trainer(
                 config=self.config,
                 state=self.state,
@@ -135,7 +159,8 @@ class Job:
                 checkpoints=self.checkpoints,
                 sinks=sinks,
                 stop=stop,
-                device=self.device,
+                device=team.device,
+                watchdog=team.watchdog,
             ).fit()
         self.checkpoints.wait()
 
@@ -143,7 +168,7 @@ class Job:
         """Load a checkpoint into the freshly built parts."""
         self.checkpoints.load(saved, parts.tensors())
         self.state = TrainState.from_dict(saved.progress)
-        parts.use_loaded(num_updates=self.state.num_updates)
+        parts.engine.use_loaded(num_updates=self.state.num_updates)
         parts.loss_scale.load_state_dict(self.state.loss_scale)
 
     def enter(self, stage: str, parts: StageParts) -> None:
@@ -155,4 +180,4 @@ class Job:
         self.state.enter(stage, data_start=start)
         self.state.fingerprint = fingerprint(self.config, stage=stage, data=self.data_fingerprint(stage))
         if self.config.stages[stage].optimizer_state is CarryOver.reset:
-            parts.optimizer.reset()
+            parts.engine.reset()

@@ -13,7 +13,8 @@ Legend: B sequences, S length, D hidden width, V vocabulary, K = 1 + MTP depths,
 import torch
 from torch import Tensor
 
-from model.kernels.cross_entropy import linear_cross_entropy
+from model.kernels.cross_entropy import VocabularySplit, linear_cross_entropy
+from model.split import SequenceSplit, WholeSequences
 from model.transformer import ModelOutput
 from parallel.schedule import MicrobatchLoss
 
@@ -23,10 +24,20 @@ class Objective:
 
     Args:
         head_weight_VD: the head's weight, a parameter that stays the same object while its data changes.
+        split: how the hidden states' tokens are spread; labels are those of all tokens that it gathers.
+        vocabulary: which rows of the head are held here; None for all of them.
     """
 
-    def __init__(self, head_weight_VD: Tensor) -> None:
+    def __init__(
+        self,
+        head_weight_VD: Tensor,
+        *,
+        split: SequenceSplit | None = None,
+        vocabulary: VocabularySplit | None = None,
+    ) -> None:
         self._head_weight_VD = head_weight_VD
+        self._split = split or WholeSequences()
+        self._vocabulary = vocabulary
 
     def __call__(
         self,
@@ -43,20 +54,21 @@ class Objective:
         kernel rounds to FP16 are already scaled when they are rounded.
 
         Args:
-            output: the model's hidden states of K depths, each [B, S, D].
+            output: the model's hidden states of K depths, each [B, s, D], s the tokens held here.
             labels_BKS: targets; -100 is ignored.
             valid_K: targets per depth in the global batch, int64.
             mtp_weight: lambda, shared equally by the MTP depths.
             loss_scale: factor on the differentiable total.
         """
         depths = labels_BKS.shape[1]
-        hidden_TD = torch.cat([hidden_BSD.flatten(0, 1) for hidden_BSD in output.hidden_KBSD])
+        hidden_TD = self._split.gather(torch.cat(output.hidden_KBSD)).flatten(0, 1)
         weights_K = depth_weights(valid_K, mtp_weight=mtp_weight) * loss_scale
         total, token_loss_T = linear_cross_entropy(
             hidden_TD,
             self._head_weight_VD,
             labels_BKS.transpose(0, 1).reshape(-1),
             weights_K.repeat_interleave(labels_BKS.numel() // depths),
+            vocabulary=self._vocabulary,
         )
         sums_K = token_loss_T.view(depths, -1).sum(1, dtype=torch.float64).float()
         return MicrobatchLoss(total=total, loss_sums_K=sums_K)

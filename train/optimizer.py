@@ -1,5 +1,7 @@
 """AdamW (arXiv 1711.05101) on the flat FP32 masters of a `Zero1` engine, with FP32 or BF16 moments.
 
+Each process updates the range of every bucket that it owns, and keeps moments for that range alone.
+
 DeepSeek-V3 keeps masters and gradients in FP32 and both moments in BF16 (arXiv 2412.19437, section
 3.3.3). The arithmetic is FP32 either way: the update walks each bucket in chunks, widens a chunk of the
 moments, lets torch's fused AdamW update it, rounds it back and writes the new parameters in the compute
@@ -12,7 +14,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from parallel.zero1 import Bucket, ParameterRule, Zero1
+from parallel.bucket import Bucket, ParameterRule
+from parallel.pieces import Holding
+from parallel.zero1 import Zero1
 from train.config import Moments, OptimizerConfig
 
 _CPU_CHUNK = 1 << 18
@@ -83,6 +87,7 @@ class AdamW:
                 chunk = slice(start, start + size)
                 self._update(bucket, chunk, exp_avg[chunk], exp_avg_sq[chunk], count, lr)
                 bucket.publish(chunk.start, chunk.stop)
+        self._engine.gather()
 
     def reset(self) -> None:
         """Forget both moments, as at the start of a run."""
@@ -90,20 +95,10 @@ class AdamW:
         for moment in (*self._exp_avg, *self._exp_avg_sq):
             moment.zero_()
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return masters and moments by checkpoint name, as views: loading into them restores the state.
-
-        After loading, call `Zero1.publish` and set `num_updates`.
-        """
-        engine = self._engine
-        masters = engine.named_views([bucket.master for bucket in engine.buckets])
-        exp_avg = engine.named_views(self._exp_avg)
-        exp_avg_sq = engine.named_views(self._exp_avg_sq)
-        return (
-            {f"model.{name}": view for name, view in masters.items()}
-            | {f"optim.{name}.exp_avg": view for name, view in exp_avg.items()}
-            | {f"optim.{name}.exp_avg_sq": view for name, view in exp_avg_sq.items()}
-        )
+    def moments(self) -> dict[str, Holding]:
+        """Return both moments by parameter, as views; who loads into them sets `num_updates` as well."""
+        first = self._engine.stored(self._exp_avg, name="{}.exp_avg")
+        return first | self._engine.stored(self._exp_avg_sq, name="{}.exp_avg_sq")
 
     def _update(
         self, bucket: Bucket, chunk: slice, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, lr: float
@@ -111,7 +106,7 @@ class AdamW:
         wide_avg, wide_avg_sq = exp_avg.float(), exp_avg_sq.float()  # the moments themselves if FP32
         torch._fused_adamw_(
             [bucket.master[chunk]],
-            [bucket.grad[chunk]],
+            [bucket.own_grad[chunk]],
             [wide_avg],
             [wide_avg_sq],
             [],

@@ -1,11 +1,19 @@
-"""What `python -m train` does with a valid configuration: data, stages, evaluation, report, closing table."""
+"""What `python -m train` does with a valid configuration: data, stages, evaluation, report, closing table.
 
+Every process of the job runs this; the first one alone prints, prepares data, evaluates and reports.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from data.prepare import prepare
 from model.kernels.allocator import keep_freed_memory
+from parallel.process import processes_of_environment
+from train.build import pick_device
 from train.config import RunConfig
 from train.evaluation.stages import evaluate_stage
 from train.job import Job
@@ -13,22 +21,39 @@ from train.report import write_report
 from train.reporting.summary import closing_table
 from train.run_lock import only_process
 from train.signals import StopRequest
+from train.team import Team, assemble
 from train.validate import check
 
 
 def run(config: RunConfig) -> None:
     """Run every part of the job that is not done yet; RunError or DataError for what people can mend."""
-    check(config)
+    _, world_size, local_rank = processes_of_environment(os.environ)
+    check(config, world_size=world_size)
     keep_freed_memory()
     run_dir = Path(config.root) / config.name
-    with only_process(run_dir):
-        _run(config, run_dir, Console())
+    device = pick_device(config, local_rank=local_rank)
+    with assemble(os.environ, device=device, timeout_s=config.parallel.timeout_s) as team:
+        with _lock_of(run_dir, team):
+            _run(config, run_dir, team)
 
 
-def _run(config: RunConfig, run_dir: Path, console: Console) -> None:
-    if config.data.prepare:
-        prepare(config.data.prepare, tokenizer=config.data.tokenizer)
-    job = Job(config, run_dir)
+@contextmanager
+def _lock_of(run_dir: Path, team: Team) -> Iterator[None]:
+    """Hold the lock of a run, which the leader takes for the whole job."""
+    lock = only_process(run_dir)
+    team.lead(lambda: lock.__enter__())
+    try:
+        yield
+    finally:
+        if team.leads:
+            lock.__exit__(None, None, None)
+
+
+def _run(config: RunConfig, run_dir: Path, team: Team) -> None:
+    console = Console(quiet=not team.leads)
+    if (source := config.data.prepare) is not None:
+        team.lead(lambda: prepare(source, tokenizer=config.data.tokenizer))
+    job = Job(config, run_dir, team)
     if not job.todo:
         last = list(config.stages)[-1]
         console.print(
@@ -38,6 +63,10 @@ def _run(config: RunConfig, run_dir: Path, console: Console) -> None:
         )
     with StopRequest() as stop:
         job.train(stop, console)
+    team.lead(lambda: _conclude(config, run_dir, console))
+
+
+def _conclude(config: RunConfig, run_dir: Path, console: Console) -> None:
     for stage in config.stages:
         evaluate_stage(config, run_dir, stage, console)
     report = write_report(run_dir)

@@ -9,6 +9,11 @@ import os
 import signal
 from types import FrameType, TracebackType
 
+import torch
+from torch.distributed import ReduceOp
+
+from parallel.groups import Group
+
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STDERR = 2
 
@@ -27,6 +32,16 @@ class StopRequest:
     def requested(self) -> str | None:
         """Name of the first signal that asked for a stop, such as "SIGTERM"; None while none has."""
         return self._requested.name if self._requested else None
+
+    def agreed(self, world: Group) -> str | None:
+        """Return the name of a signal that any process has received, the same answer on all of them.
+
+        They call this together, because a signal may reach only some of them, or reach them at different steps.
+        """
+        own = self.requested
+        number = torch.tensor([signal.Signals[own] if own else 0], device=world.device)
+        received = int(world.all_reduce(number, op=ReduceOp.MAX))
+        return signal.Signals(received).name if received else None
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._note) for number in WATCHED}

@@ -13,15 +13,16 @@ from data.loader import Batches
 from model.config import Compute
 from model.cost import flops_per_token
 from parallel.schedule import Batch, StepOutput
+from parallel.watchdog import Watchdog
 from train.balance import update_router_biases
 from train.batch import make_batch
 from train.build import StageParts
 from train.checkpoints.manager import CheckpointManager
 from train.config import RunConfig
+from train.engines.engine import Update
 from train.errors import EXIT_STOPPED, EXIT_UNSTABLE, RunError
 from train.logs.metrics import StepResult, step_record
 from train.logs.sinks import Sinks
-from train.optimizer import clip_grad_norm
 from train.schedule import batch_size_at, lr_at, steps_value
 from train.signals import StopRequest
 from train.state import TrainState
@@ -40,16 +41,8 @@ class StepPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Update:
-    """What the optimizer did with a step's gradients."""
-
-    grad_norm: float
-    skipped: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """Trains the stage in which `state` stands until its token budget is spent."""
+    """Trains the stage in which `state` stands until its token budget is spent; all processes together."""
 
     config: RunConfig
     state: TrainState
@@ -59,13 +52,14 @@ class Trainer:
     sinks: Sinks
     stop: StopRequest
     device: torch.device
+    watchdog: Watchdog
 
     def fit(self) -> None:
         """Train to the end of the stage and save it; RunError when stopped by a signal or unstable."""
         stage = self.config.stages[self.state.stage]
         while self.state.stage_tokens < stage.num_tokens:
-            started = time.perf_counter()
-            plan = self.plan()
+            started, plan = time.perf_counter(), self.plan()
+            self.watchdog.step = self.state.step + 1
             batch = self.next_batch(plan.batch_size)
             torch.manual_seed(self.config.seed + self.state.step)  # dropout: a function of (seed, step) alone
             output = self.parts.schedule.step(batch, mtp_weight=plan.mtp_weight, loss_scale=plan.loss_scale)
@@ -73,9 +67,10 @@ class Trainer:
             self.state.advance(num_samples=plan.batch_size, seq_len=stage.seq_len)
             self.record(plan, output, update, seconds=time.perf_counter() - started)
             finished = self.state.stage_tokens >= stage.num_tokens
-            if finished or self.stop.requested or self.state.step % self.config.checkpoint.every_steps == 0:
+            stop = self.stop.agreed(self.parts.mesh.world)
+            if finished or stop or self.state.step % self.config.checkpoint.every_steps == 0:
                 self.save(permanent=finished)
-            self.leave_if_asked(finished=finished)
+            self.leave_if_asked(stop, finished=finished)
 
     def plan(self) -> StepPlan:
         """Read the schedules at the tokens seen so far."""
@@ -89,25 +84,27 @@ class Trainer:
         )
 
     def next_batch(self, batch_size: int) -> Batch:
-        """Draw the next `batch_size` samples of the stage."""
-        rows = self.batches.next(batch_size)
-        return make_batch(rows, num_mtp_layers=self.config.model.num_mtp_layers, device=self.device)
+        """Draw this process's part of the next `batch_size` samples of the stage."""
+        rows, depths = self.batches.next(batch_size), self.config.model.num_mtp_layers
+        return make_batch(rows, num_mtp_layers=depths, device=self.device, mesh=self.parts.mesh)
 
     def update(self, output: StepOutput, plan: StepPlan) -> Update:
         """Clip, update weights and router biases, clear gradients; do nothing if anything is not finite."""
-        norm = clip_grad_norm(
-            self.parts.engine, max_norm=self.config.optimizer.max_grad_norm, loss_scale=plan.loss_scale
+        self.parts.engine.reduce()
+        update = self.parts.engine.update(
+            lr=plan.lr,
+            max_norm=self.config.optimizer.max_grad_norm,
+            loss_scale=plan.loss_scale,
+            finite=bool(torch.isfinite(output.loss_sums_K).all()),
         )
-        finite = bool(torch.isfinite(norm) & torch.isfinite(output.loss_sums_K).all())
-        if finite:
-            self.parts.optimizer.step(lr=plan.lr)
-            update_router_biases(self.parts.model.routers(), output.load_LE, speed=plan.bias_speed)
+        if not update.skipped:
+            routers = self.parts.model.routers()
+            update_router_biases(routers, output.loads_of(routers), speed=plan.bias_speed)
             if self.parts.ema:
-                self.parts.ema.update(self.parts.masters())
-        self.parts.engine.zero_grad()
-        self.parts.loss_scale.update(finite)
-        self.count_skipped(finite)
-        return Update(grad_norm=float(norm), skipped=not finite)
+                self.parts.ema.update(self.parts.engine.masters())
+        self.parts.loss_scale.update(not update.skipped)
+        self.count_skipped(not update.skipped)
+        return update
 
     def count_skipped(self, finite: bool) -> None:
         """Count a skipped step; the check against the limit comes after the step is recorded."""
@@ -117,8 +114,6 @@ class Trainer:
     def record(self, plan: StepPlan, output: StepOutput, update: Update, *, seconds: float) -> None:
         """Write one step's record to every sink."""
         state, (loss, *mtp_loss) = self.state, output.mean_loss_K.tolist()
-        routers = self.parts.model.routers()
-        biases = [router.bias.cpu() for router in routers.values()]
         result = StepResult(
             step=state.step,
             stage=state.stage,
@@ -136,12 +131,12 @@ class Trainer:
             skipped=update.skipped,
             loss_scale=plan.loss_scale if self.config.precision.compute is Compute.fp16 else None,
             load_LE=output.load_LE.cpu(),
-            bias_LE=torch.stack(biases) if biases else torch.zeros(0, 0),
+            bias_LE=self.parts.all_biases(output.layers).cpu(),
             seconds=seconds,
         )
         record = step_record(
             result,
-            layer_names=list(routers),
+            layer_names=list(output.layers),
             flops_per_token=flops_per_token(self.config.model, self.config.stages[state.stage].seq_len),
             peak_tflops=self.config.cluster.peak_tflops,
             histogram=state.step % self.config.logging.histogram_every == 0,
@@ -151,7 +146,7 @@ class Trainer:
     def save(self, *, permanent: bool) -> None:
         """Write a checkpoint of this step, in the background where the configuration says so."""
         state = self.state
-        state.num_updates = self.parts.optimizer.num_updates
+        state.num_updates = self.parts.engine.num_updates
         state.loss_scale = self.parts.loss_scale.state_dict()
         name = f"{state.stage}-{state.step:08d}"
         self.checkpoints.save(
@@ -163,7 +158,7 @@ class Trainer:
         )
         self.sinks.message(f"saving checkpoint {name}")
 
-    def leave_if_asked(self, *, finished: bool) -> None:
+    def leave_if_asked(self, stop: str | None, *, finished: bool) -> None:
         """End the run when too many steps in a row were skipped, or when a signal asks for it."""
         state, limit = self.state, self.config.optimizer.max_skipped_steps
         if state.skipped_in_a_row >= limit:
@@ -174,10 +169,10 @@ class Trainer:
                 "data of these steps. The last checkpoint is kept.",
                 exit_code=EXIT_UNSTABLE,
             )
-        if self.stop.requested and not finished:
+        if stop and not finished:
             self.checkpoints.wait()
             raise RunError(
-                f"stopped by {self.stop.requested} after step {state.step}, which is saved; "
+                f"stopped by {stop} after step {state.step}, which is saved; "
                 "the same command continues from it",
                 exit_code=EXIT_STOPPED,
             )

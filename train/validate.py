@@ -4,14 +4,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
-from train.config import RunConfig, StageConfig
+from parallel.checks import layout_problems
+from parallel.config import ParallelConfig
+from train.config import BatchConfig, RunConfig, StageConfig
 from train.errors import RunError
 from train.stages import source_weights
 
 
-def check(config: RunConfig) -> None:
-    """Raise one RunError that lists every broken rule of `config` as `path.field=value rule; remedy`."""
-    found = problems(config)
+def check(config: RunConfig, *, world_size: int = 1) -> None:
+    """Raise one RunError that lists every broken rule of `config` as `path.field=value rule; remedy`.
+
+    world_size: the number of processes that are to run it.
+    """
+    found = problems(config, world_size=world_size)
     if found:
         noun = "problem" if len(found) == 1 else "problems"
         raise RunError(
@@ -19,9 +24,14 @@ def check(config: RunConfig) -> None:
         )
 
 
-def problems(config: RunConfig) -> list[str]:
-    """Return every broken rule: each section's own, then the rules between sections."""
-    return [*_section_problems(config, ""), *_run_problems(config)]
+def problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
+    """Return every broken rule: each section's own, those between sections, those of the layouts."""
+    found = [
+        *_section_problems(config, ""),
+        *_run_problems(config),
+        *_layout_problems(config, world_size=world_size),
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _section_problems(section: object, path: str) -> Iterator[str]:
@@ -38,6 +48,8 @@ def _children(section: object) -> Iterator[tuple[str, object]]:
     elif is_dataclass(section):
         for each in fields(section):
             value = getattr(section, each.name)
+            if isinstance(section, StageConfig) and each.name == "parallel":
+                continue  # mostly the run's own values: `_layout_problems` looks at both together
             if isinstance(value, dict) or is_dataclass(value):
                 yield each.name, value
 
@@ -84,6 +96,40 @@ def _stage_problems(config: RunConfig, stage: StageConfig) -> Iterator[str]:
     if stage.source_weights and not any(weight > 0 for weight in source_weights(config, stage).values()):
         yield "source_weights leaves no source a positive weight; give at least one a weight above 0"
     yield from _lr_problems(stage)
+
+
+def _layout_problems(config: RunConfig, *, world_size: int) -> Iterator[str]:
+    """Yield what each stage's layout breaks; once, at the run's own path, what it breaks in every stage."""
+
+    def broken(layout: ParallelConfig, stage: StageConfig) -> list[str]:
+        return layout_problems(
+            layout,
+            model=config.model,
+            world_size=world_size,
+            batch_sizes=_batch_sizes(stage.batch, microbatch=layout.microbatch_size),
+            seq_len=stage.seq_len,
+            path="parallel",
+        )
+
+    by_stage = {
+        name: broken(stage.parallel or config.parallel, stage) for name, stage in config.stages.items()
+    }
+    everywhere = [set(found) for found in by_stage.values()]
+    everywhere += [set(broken(config.parallel, stage)) for stage in config.stages.values()]
+    shared = set.intersection(*everywhere) if everywhere else set()
+    first = next(iter(by_stage.values()), [])
+    yield from (line for line in first if line in shared)
+    for name, found in by_stage.items():
+        yield from (f"stages.{name}.{line}" for line in found if line not in shared)
+
+
+def _batch_sizes(batch: BatchConfig, *, microbatch: int) -> list[int]:
+    """Return the sizes that steps may have; none that `_stage_problems` or the section itself refuses."""
+    if batch.problems() or microbatch < 1:
+        return []
+    low, high = sorted((batch.start, batch.end))
+    sizes = [low] if low == high else range(low, high + 1, batch.multiple_of)
+    return [size for size in sizes if size % microbatch == 0]
 
 
 def _lr_problems(stage: StageConfig) -> Iterator[str]:

@@ -8,9 +8,10 @@ appendix B.4, rewritten for whole rows). GEMM inputs and probabilities have the 
 inside.
 
 Queries and keys may be wider than values, as in multi-head latent attention (arXiv 2405.04434, section 2.1).
+Queries may be the last part of a sequence, whose keys and values are then those of the whole sequence.
 
-Legend: B sequences, S length, H heads, K query/key width, U value width, G (sequence, head) pairs of one
-group, Q rows of one block of queries, J keys of its causal prefix.
+Legend: B sequences, S queries, M keys, H heads, K query/key width, U value width, N = B * H; G (sequence,
+head) pairs of one group, Q rows of one block of queries, J keys of its causal prefix.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.attention.bias import causal_lower_right
 
 MIN_BLOCK_ROWS = 128
 MAX_BLOCK_ROWS = 512
@@ -28,27 +30,42 @@ GROUP_BYTES = 2 << 20
 """Target size of the scores of one group of heads and one block of rows."""
 
 
-def causal_attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHU: Tensor, *, scale: float) -> Tensor:
+def causal_attention(
+    q_BSHK: Tensor, k_BMHK: Tensor, v_BMHU: Tensor, *, scale: float, first: int = 0
+) -> Tensor:
     """Return softmax(scale * q k^T + causal mask) v, shape [B, S, H, U], type of q.
 
-    q, k: [B, S, H, K]; v: [B, S, H, U]; any of FP32, BF16, FP16, all alike. Position i attends to 0..i.
-    Tensors that are not on the CPU go to torch's scaled_dot_product_attention.
+    q: [B, S, H, K], positions first .. first + S - 1 of the sequences; k: [B, M, H, K] and v: [B, M, H, U],
+    their positions 0 .. M - 1; any of FP32, BF16, FP16, all alike. Position i attends to 0..i. Tensors that
+    are not on the CPU go to torch's scaled_dot_product_attention. Raises ValueError unless M = first + S.
     """
-    if q_BSHK.device.type != "cpu":
-        out_BHSU = F.scaled_dot_product_attention(
-            q_BSHK.transpose(1, 2),
-            k_BSHK.transpose(1, 2),
-            v_BSHU.transpose(1, 2),
-            is_causal=True,
-            scale=scale,
+    if k_BMHK.shape[1] != first + q_BSHK.shape[1]:
+        raise ValueError(
+            f"{q_BSHK.shape[1]} queries from position {first} on need {first + q_BSHK.shape[1]} keys, "
+            f"not {k_BMHK.shape[1]}"
         )
-        return out_BHSU.transpose(1, 2)
-    return _CausalAttention.apply(q_BSHK, k_BSHK, v_BSHU, scale)
+    if q_BSHK.device.type != "cpu":
+        return _torch_attention(q_BSHK, k_BMHK, v_BMHU, scale=scale)
+    return _CausalAttention.apply(q_BSHK, k_BMHK, v_BMHU, scale)
+
+
+def _torch_attention(q_BSHK: Tensor, k_BMHK: Tensor, v_BMHU: Tensor, *, scale: float) -> Tensor:
+    whole = q_BSHK.shape[1] == k_BMHK.shape[1]
+    out_BHSU = F.scaled_dot_product_attention(
+        q_BSHK.transpose(1, 2),
+        k_BMHK.transpose(1, 2),
+        v_BMHU.transpose(1, 2),
+        # the last query sees the last key: torch's `is_causal` would align the first ones
+        attn_mask=None if whole else causal_lower_right(q_BSHK.shape[1], k_BMHK.shape[1]),
+        is_causal=whole,
+        scale=scale,
+    )
+    return out_BHSU.transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class _Tiling:
-    """How the scores [G_total, S, S] are cut: blocks of rows, groups of (sequence, head) pairs."""
+    """How the scores [N, S, M] are cut: blocks of rows, groups of (sequence, head) pairs."""
 
     block_rows: int
     group_heads: int
@@ -57,27 +74,31 @@ class _Tiling:
         return [(start, min(start + self.block_rows, length)) for start in range(0, length, self.block_rows)]
 
 
-def _tiling(length: int, num_heads: int, element_bytes: int) -> _Tiling:
+def _tiling(q_BSHK: Tensor, k_BMHK: Tensor) -> _Tiling:
+    batch, length, heads, _ = q_BSHK.shape
     wanted = -(-length // FEW_BLOCKS)
     block_rows = min(MAX_BLOCK_ROWS, max(MIN_BLOCK_ROWS, -(-wanted // 64) * 64))
-    group_heads = max(1, GROUP_BYTES // (min(block_rows, length) * length * element_bytes))
-    return _Tiling(block_rows=block_rows, group_heads=min(num_heads, group_heads))
+    block_scores = min(block_rows, length) * k_BMHK.shape[1]
+    group_heads = max(1, GROUP_BYTES // (block_scores * q_BSHK.element_size()))
+    return _Tiling(block_rows=block_rows, group_heads=min(batch * heads, group_heads))
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q_BSHK: Tensor, k_BSHK: Tensor, v_BSHU: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q_BSHK, k_BSHK, v_BSHU)
+    def forward(ctx: FunctionCtx, q_BSHK: Tensor, k_BMHK: Tensor, v_BMHU: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q_BSHK, k_BMHK, v_BMHU)
         ctx.scale = scale  # type: ignore[attr-defined]
         batch, length, heads, _ = q_BSHK.shape
-        q_NSK, k_NSK, v_NSU = _head_major(q_BSHK), _head_major(k_BSHK), _head_major(v_BSHU)
-        tiling = _tiling(length, batch * heads, q_BSHK.element_size())
-        out_NSU = torch.empty_like(v_NSU)
+        before = k_BMHK.shape[1] - length  # the keys that every query sees
+        q_NSK, k_NMK, v_NMU = _head_major(q_BSHK), _head_major(k_BMHK), _head_major(v_BMHU)
+        tiling = _tiling(q_BSHK, k_BMHK)
+        out_NSU = v_NMU.new_empty(batch * heads, length, v_NMU.shape[2])
         for first in range(0, batch * heads, tiling.group_heads):
             part = slice(first, first + tiling.group_heads)
             for start, end in tiling.row_blocks(length):
-                k_GJK, v_GJU = k_NSK[part, :end].contiguous(), v_NSU[part, :end].contiguous()
-                p_GQJ = _probabilities(q_NSK[part, start:end], k_GJK, start, scale)
+                prefix = slice(before + end)
+                k_GJK, v_GJU = k_NMK[part, prefix].contiguous(), v_NMU[part, prefix].contiguous()
+                p_GQJ = _probabilities(q_NSK[part, start:end], k_GJK, before + start, scale)
                 torch.bmm(p_GQJ, v_GJU, out=out_NSU[part, start:end])
         return out_NSU.view(batch, heads, length, -1).transpose(1, 2).contiguous()
 
@@ -85,23 +106,23 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (dout_BSHU,) = grads
-        q_BSHK, k_BSHK, v_BSHU = ctx.saved_tensors  # type: ignore[attr-defined]
+        q_BSHK, k_BMHK, v_BMHU = ctx.saved_tensors  # type: ignore[attr-defined]
         scale: float = ctx.scale  # type: ignore[attr-defined]
         batch, length, heads, _ = q_BSHK.shape
-        q_NSK, k_NSK, v_NSU = _head_major(q_BSHK), _head_major(k_BSHK), _head_major(v_BSHU)
+        q_NSK, k_NMK, v_NMU = _head_major(q_BSHK), _head_major(k_BMHK), _head_major(v_BMHU)
         dout_NSU = _head_major(dout_BSHU)
-        tiling = _tiling(length, batch * heads, q_BSHK.element_size())
-        dq_NSK, dk_NSK, dv_NSU = torch.empty_like(q_NSK), torch.empty_like(k_NSK), torch.empty_like(v_NSU)
+        tiling = _tiling(q_BSHK, k_BMHK)
+        dq_NSK, dk_NMK, dv_NMU = torch.empty_like(q_NSK), torch.empty_like(k_NMK), torch.empty_like(v_NMU)
         for first in range(0, batch * heads, tiling.group_heads):
             part = slice(first, first + tiling.group_heads)
             _group_gradients(
-                (q_NSK[part], k_NSK[part], v_NSU[part], dout_NSU[part]),
-                (dq_NSK[part], dk_NSK[part], dv_NSU[part]),
+                (q_NSK[part], k_NMK[part], v_NMU[part], dout_NSU[part]),
+                (dq_NSK[part], dk_NMK[part], dv_NMU[part]),
                 tiling.row_blocks(length),
                 scale,
             )
         dq, dk, dv = (
-            grad.view(batch, heads, length, -1).transpose(1, 2) for grad in (dq_NSK, dk_NSK, dv_NSU)
+            grad.view(batch, heads, grad.shape[1], -1).transpose(1, 2) for grad in (dq_NSK, dk_NMK, dv_NMU)
         )
         return dq, dk, dv, None
 
@@ -113,30 +134,32 @@ def _group_gradients(
     scale: float,
 ) -> None:
     """Write dq, dk, dv of one group of heads, from the last block of rows, which sees every key."""
-    q_GSK, k_GSK, v_GSU, dout_GSU = inputs
-    dq_GSK, dk_GSK, dv_GSU = grads
-    few = len(blocks) <= FEW_BLOCKS or k_GSK.dtype == torch.float64
-    sum_dk_GSK = dk_GSK if few else torch.zeros_like(dk_GSK, dtype=torch.float32)
-    sum_dv_GSU = dv_GSU if few else torch.zeros_like(dv_GSU, dtype=torch.float32)
+    q_GSK, k_GMK, v_GMU, dout_GSU = inputs
+    dq_GSK, dk_GMK, dv_GMU = grads
+    before = k_GMK.shape[1] - q_GSK.shape[1]
+    few = len(blocks) <= FEW_BLOCKS or k_GMK.dtype == torch.float64
+    sum_dk_GMK = dk_GMK if few else torch.zeros_like(dk_GMK, dtype=torch.float32)
+    sum_dv_GMU = dv_GMU if few else torch.zeros_like(dv_GMU, dtype=torch.float32)
     for start, end in reversed(blocks):
+        prefix = slice(before + end)
         q_GQK, dout_GQU = q_GSK[:, start:end], dout_GSU[:, start:end]
         # contiguous prefixes: batched GEMMs take up to twice as long on strided ones
-        k_GJK, v_GJU = k_GSK[:, :end].contiguous(), v_GSU[:, :end].contiguous()
-        p_GQJ = _probabilities(q_GQK, k_GJK, start, scale)
+        k_GJK, v_GJU = k_GMK[:, prefix].contiguous(), v_GMU[:, prefix].contiguous()
+        p_GQJ = _probabilities(q_GQK, k_GJK, before + start, scale)
         dp_GQJ = torch.bmm(dout_GQU, v_GJU.transpose(1, 2))
         ds_GQJ = torch.ops.aten._softmax_backward_data(dp_GQJ, p_GQJ, -1, dp_GQJ.dtype)
         dq_GQK = dq_GSK[:, start:end]
         torch.baddbmm(dq_GQK, ds_GQJ, k_GJK, beta=0, alpha=scale, out=dq_GQK)
         if few:
-            beta = 0 if end == k_GSK.shape[1] else 1
-            dk_GSK[:, :end].baddbmm_(ds_GQJ.transpose(1, 2), q_GQK, beta=beta, alpha=scale)
-            dv_GSU[:, :end].baddbmm_(p_GQJ.transpose(1, 2), dout_GQU, beta=beta)
+            beta = 0 if end == q_GSK.shape[1] else 1
+            dk_GMK[:, prefix].baddbmm_(ds_GQJ.transpose(1, 2), q_GQK, beta=beta, alpha=scale)
+            dv_GMU[:, prefix].baddbmm_(p_GQJ.transpose(1, 2), dout_GQU, beta=beta)
         else:
-            sum_dk_GSK[:, :end].add_(torch.bmm(ds_GQJ.transpose(1, 2), q_GQK), alpha=scale)
-            sum_dv_GSU[:, :end].add_(torch.bmm(p_GQJ.transpose(1, 2), dout_GQU))
+            sum_dk_GMK[:, prefix].add_(torch.bmm(ds_GQJ.transpose(1, 2), q_GQK), alpha=scale)
+            sum_dv_GMU[:, prefix].add_(torch.bmm(p_GQJ.transpose(1, 2), dout_GQU))
     if not few:
-        dk_GSK.copy_(sum_dk_GSK)
-        dv_GSU.copy_(sum_dv_GSU)
+        dk_GMK.copy_(sum_dk_GMK)
+        dv_GMU.copy_(sum_dv_GMU)
 
 
 def _probabilities(q_GQK: Tensor, k_GJK: Tensor, start: int, scale: float) -> Tensor:

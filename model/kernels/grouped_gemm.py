@@ -14,14 +14,19 @@ Only rows, gate, up and weights are kept; the SwiGLU output is computed again in
 DeepSeek-V3 does (section 3.2.3). Element-wise arithmetic is FP32. Gradients of all experts' weights are
 written into one tensor per weight.
 
-Legend: R routed rows, D hidden, I intermediate, E experts; W rows of one expert's window, X rows of all
-windows.
+The products that give these gradients may be put off (model/weight_gradients.py): `later` is asked for each
+backward pass. What is put off keeps its factors, [X, I] three times, which otherwise share the memory of one
+window.
+
+Legend: R routed rows, D hidden, I intermediate, E experts, O output width; W rows of one expert's window,
+X rows of all windows, P rows of the largest one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +38,21 @@ from model.kernels.swiglu import SwiGLUScratch
 
 WINDOW_MULTIPLE = 64
 
+AddGradients = Callable[..., None]
+"""Adds the gradients of some weights, in place, to the tensors that it is given, one for each weight."""
+
+
+class Later(Protocol):
+    """Decides in each backward pass whether the gradients of weights are computed then or later."""
+
+    def __call__(self, *weights: Tensor) -> Callable[[AddGradients], None] | None:
+        """Return None for now, or what takes the function that will add them later."""
+        ...
+
+
+def now(*weights: Tensor) -> None:
+    """Put nothing off."""
+
 
 def expert_ffn(
     rows_RD: Tensor,
@@ -41,27 +61,59 @@ def expert_ffn(
     w2_EDI: Tensor,
     counts: list[int],
     row_weights_R: Tensor,
+    *,
+    later: Later = now,
 ) -> Tensor:
     """Return weight_r * (silu(x_r w1_e^T) * (x_r w3_e^T)) w2_e^T of each row r and its expert e, [R, D].
 
     rows [R, D] sorted by expert, in the type of w1, w3 [E, I, D] and w2 [E, D, I]; counts: rows per expert,
     in order, zeros allowed, summing to R; row_weights [R] FP32. Differentiable in all tensors;
-    experts without rows get zero gradients. Tensors that are not on the CPU go to torch's grouped_mm.
+    experts without rows get zero gradients. `later` may put the gradients of w1, w3 and w2 off. Tensors that
+    are not on the CPU go to torch's grouped_mm.
     """
     if rows_RD.device.type != "cpu":
-        return _grouped_mm_ffn(rows_RD, w1_EID, w3_EID, w2_EDI, counts, row_weights_R)
-    out: Any = _ExpertFFN.apply(rows_RD, w1_EID, w3_EID, w2_EDI, row_weights_R, counts)
+        return _grouped_mm_ffn(rows_RD, w1_EID, w3_EID, w2_EDI, counts, row_weights_R, later)
+    out: Any = _ExpertFFN.apply(rows_RD, w1_EID, w3_EID, w2_EDI, row_weights_R, counts, later)
     return out
 
 
 def _grouped_mm_ffn(
-    rows_RD: Tensor, w1_EID: Tensor, w3_EID: Tensor, w2_EDI: Tensor, counts: list[int], weights_R: Tensor
+    rows_RD: Tensor,
+    w1_EID: Tensor,
+    w3_EID: Tensor,
+    w2_EDI: Tensor,
+    counts: list[int],
+    weights_R: Tensor,
+    later: Later,
 ) -> Tensor:
     ends_E = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=rows_RD.device)
-    gate_RI = F.grouped_mm(rows_RD, w1_EID.transpose(1, 2), offs=ends_E)
-    up_RI = F.grouped_mm(rows_RD, w3_EID.transpose(1, 2), offs=ends_E)
+    gate_RI: Any = _GroupedLinear.apply(rows_RD, w1_EID, ends_E, later)
+    up_RI: Any = _GroupedLinear.apply(rows_RD, w3_EID, ends_E, later)
     hidden_RI = (F.silu(gate_RI.float()) * up_RI.float() * weights_R[:, None]).to(rows_RD.dtype)
-    return F.grouped_mm(hidden_RI, w2_EDI.transpose(1, 2), offs=ends_E)
+    out: Any = _GroupedLinear.apply(hidden_RI, w2_EDI, ends_E, later)
+    return out
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """x_r w_e^T of each row r and its expert e, [R, O], by grouped_mm, as are both gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, w_EOD: Tensor, ends_E: Tensor, later: Later) -> Tensor:
+        ctx.save_for_backward(x_RD, w_EOD, ends_E)
+        ctx.weight, ctx.later = w_EOD, later  # the parameter: what was saved may come back without `grad`
+        return F.grouped_mm(x_RD, w_EOD.transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x_RD, w_EOD, ends_E = ctx.saved_tensors
+        dout_RO = grads[0].contiguous()
+        dx_RD = F.grouped_mm(dout_RO, w_EOD, offs=ends_E)
+        put_off = ctx.later(ctx.weight)
+        if put_off is None:
+            return dx_RD, F.grouped_mm(dout_RO.T, x_RD, offs=ends_E), None, None
+        put_off(lambda grad_EOD: grad_EOD.add_(F.grouped_mm(dout_RO.T, x_RD, offs=ends_E)))
+        return dx_RD, None, None, None
 
 
 @dataclass(frozen=True)
@@ -104,6 +156,32 @@ def _windows(counts: list[int]) -> Iterator[_Window]:
         start, pad_start = start + count, pad_start + size
 
 
+class _Factors(NamedTuple):
+    """Of one window: what the gradients of its expert's weights are products of."""
+
+    expert: int
+    rows_WD: Tensor
+    dout_WD: Tensor
+    hidden_WI: Tensor
+    dgate_WI: Tensor
+    dup_WI: Tensor
+
+    def multiply(self, dw1_ID: Tensor, dw3_ID: Tensor, dw2_DI: Tensor) -> None:
+        """Write the gradients of the expert's weights."""
+        torch.mm(self.dout_WD.T, self.hidden_WI, out=dw2_DI)
+        torch.mm(self.dgate_WI.T, self.rows_WD, out=dw1_ID)
+        torch.mm(self.dup_WI.T, self.rows_WD, out=dw3_ID)
+
+
+def _add_products(windows: list[_Factors], dtype: torch.dtype, *grads_EXX: Tensor) -> None:
+    """Add each window's gradients, rounded to `dtype` first, to those of w1, w3 and w2."""
+    products = [torch.empty_like(grad_EXX[0], dtype=dtype) for grad_EXX in grads_EXX]
+    for factors in windows:
+        factors.multiply(*products)
+        for grad_EXX, product in zip(grads_EXX, products, strict=True):
+            grad_EXX[factors.expert] += product
+
+
 class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -114,16 +192,17 @@ class _ExpertFFN(torch.autograd.Function):
         w2_EDI: Tensor,
         row_weights_R: Tensor,
         counts: list[int],
+        later: Later,
     ) -> Tensor:
         rows_RD = rows_RD.contiguous()
         windows = list(_windows(counts))
         gate_XI, up_XI, weights_X1 = _window_tensors(windows, rows_RD, w1_EID.shape[1], row_weights_R)
         out_RD = torch.empty_like(rows_RD)
-        (hidden_PI,), scratch = _temporaries(windows, gate_XI, 1)
+        scratch = _scratch(windows, gate_XI)
         w1_EDI, w3_EDI, w2_EID = (w.transpose(1, 2).unbind(0) for w in (w1_EID, w3_EID, w2_EDI))
-        parts = zip(windows, *_split(windows, gate_XI, up_XI, weights_X1), strict=True)
-        for window, gate_WI, up_WI, weights_W1 in parts:
-            expert, hidden_WI = window.expert, hidden_PI[: window.size]
+        tensors = (*_split(windows, gate_XI, up_XI, weights_X1), _one_memory(windows, gate_XI))
+        for window, gate_WI, up_WI, weights_W1, hidden_WI in zip(windows, *tensors, strict=True):
+            expert = window.expert
             rows_WD = window.read(rows_RD)
             torch.mm(rows_WD, w1_EDI[expert], out=gate_WI)
             torch.mm(rows_WD, w3_EDI[expert], out=up_WI)
@@ -131,37 +210,49 @@ class _ExpertFFN(torch.autograd.Function):
             out_WD = window.target(out_RD)
             torch.mm(hidden_WI, w2_EID[expert], out=out_WD)
             window.keep(out_WD, out_RD)
-        ctx.windows = windows
+        ctx.windows, ctx.later = windows, later
+        ctx.weights = (w1_EID, w3_EID, w2_EDI)  # the parameters: what was saved may come back without `grad`
         ctx.save_for_backward(rows_RD, w1_EID, w3_EID, w2_EDI, gate_XI, up_XI, weights_X1)
         return out_RD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, w1_EID, w3_EID, w2_EDI, gate_XI, up_XI, weights_X1 = ctx.saved_tensors
         windows: list[_Window] = ctx.windows
+        put_off = ctx.later(*ctx.weights)
         dout_RD = grads[0].contiguous()
         drows_RD, dweights_R = torch.empty_like(rows_RD), weights_X1.new_empty(len(rows_RD))
-        dw1_EID, dw3_EID, dw2_EDI = _weight_gradients(windows, w1_EID, w3_EID, w2_EDI)
-        (hidden_PI, dgate_PI, dup_PI), scratch = _temporaries(windows, gate_XI, 3)
-        parts = zip(windows, *_split(windows, gate_XI, up_XI, weights_X1), strict=True)
-        for window, gate_WI, up_WI, weights_W1 in parts:
+        dws = None if put_off else _weight_gradients(windows, w1_EID, w3_EID, w2_EDI)
+        kept: list[_Factors] = []
+        results = _one_memory if dws else _own_memory
+        scratch = _scratch(windows, gate_XI)
+        tensors = (
+            *_split(windows, gate_XI, up_XI, weights_X1),
+            *(results(windows, gate_XI) for _ in range(3)),
+        )
+        for window, gate_WI, up_WI, weights_W1, hidden_WI, dgate_WI, dup_WI in zip(
+            windows, *tensors, strict=True
+        ):
             expert = window.expert
-            hidden_WI, dgate_WI, dup_WI = (x[: window.size] for x in (hidden_PI, dgate_PI, dup_PI))
             rows_WD, dout_WD = window.read(rows_RD), window.read(dout_RD)
             torch.mm(dout_WD, w2_EDI[expert], out=dgate_WI)  # the gradient of the weighted SwiGLU output
             dweights_W = scratch.weighted_backward(
                 gate_WI, up_WI, weights_W1, dgate_WI, dgate_WI, dup_WI, hidden_WI
             )
             dweights_R[window.start : window.start + window.count] = dweights_W[: window.count]
-            torch.mm(dout_WD.T, hidden_WI, out=dw2_EDI[expert])
-            torch.mm(dgate_WI.T, rows_WD, out=dw1_EID[expert])
-            torch.mm(dup_WI.T, rows_WD, out=dw3_EID[expert])
+            factors = _Factors(expert, rows_WD, dout_WD, hidden_WI, dgate_WI, dup_WI)
+            if dws is None:
+                kept.append(factors)
+            else:
+                factors.multiply(*(dw_EXX[expert] for dw_EXX in dws))
             drows_WD = window.target(drows_RD)
             torch.mm(dgate_WI, w1_EID[expert], out=drows_WD)
             torch.addmm(drows_WD, dup_WI, w3_EID[expert], out=drows_WD)
             window.keep(drows_WD, drows_RD)
-        return drows_RD, dw1_EID, dw3_EID, dw2_EDI, dweights_R, None
+        if put_off is not None:
+            put_off(partial(_add_products, kept, rows_RD.dtype))
+        return drows_RD, *(dws or (None, None, None)), dweights_R, None, None
 
 
 def _window_tensors(
@@ -183,11 +274,24 @@ def _split(windows: list[_Window], *tensors: Tensor) -> list[tuple[Tensor, ...]]
     return [tensor.split(sizes) for tensor in tensors]
 
 
-def _temporaries(windows: list[_Window], gate_XI: Tensor, number: int) -> tuple[list[Tensor], SwiGLUScratch]:
-    """Return `number` tensors of the type of gate and FP32 scratch, as large as the largest window."""
-    most, width = max((window.size for window in windows), default=0), gate_XI.shape[1]
-    buffers = [gate_XI.new_empty(most, width) for _ in range(number)]
-    return buffers, SwiGLUScratch(most, width, dtype=wide_type(gate_XI))
+def _own_memory(windows: list[_Window], like_XI: Tensor) -> tuple[Tensor, ...]:
+    """Return a tensor [W, I] for each window."""
+    return _split(windows, torch.empty_like(like_XI))[0]
+
+
+def _one_memory(windows: list[_Window], like_XI: Tensor) -> tuple[Tensor, ...]:
+    """Return the same for tensors of which one exists at a time: all in the memory of the largest window."""
+    memory_PI = like_XI.new_empty(_largest(windows), like_XI.shape[1])
+    return tuple(memory_PI[: window.size] for window in windows)
+
+
+def _scratch(windows: list[_Window], like_XI: Tensor) -> SwiGLUScratch:
+    """Return FP32 scratch as large as the largest window."""
+    return SwiGLUScratch(_largest(windows), like_XI.shape[1], dtype=wide_type(like_XI))
+
+
+def _largest(windows: list[_Window]) -> int:
+    return max((window.size for window in windows), default=0)
 
 
 def _weight_gradients(windows: list[_Window], *weights: Tensor) -> list[Tensor]:

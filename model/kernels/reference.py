@@ -3,9 +3,9 @@
 Nothing here is written for speed; autograd derives every gradient. Arithmetic is FP32 unless the inputs are
 FP64 (the tests compare in FP64 where a finite difference is taken).
 
-Legend: B sequences, S length, H heads, K query/key width, U value width, T tokens, D hidden, V vocabulary,
-E experts, I expert intermediate, R routed rows (sorted by expert), A experts per token, P rotary width,
-F = P / 2.
+Legend: B sequences, S length, M keys, H heads, K query/key width, U value width, T tokens, D hidden,
+V vocabulary, E experts, I expert intermediate, R routed rows (sorted by expert), A experts per token,
+P rotary width, F = P / 2.
 """
 
 import torch
@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHU: Tensor, *, scale: float) -> Tensor:
-    """Return softmax(scale * q k^T + causal mask) v, shape [B, S, H, U]."""
-    q_BSHK, k_BSHK, v_BSHU = _at_least_fp32(q_BSHK), _at_least_fp32(k_BSHK), _at_least_fp32(v_BSHU)
-    length = q_BSHK.shape[1]
-    scores_BHSS = torch.einsum("bqhk,bshk->bhqs", q_BSHK, k_BSHK) * scale
-    future_SS = torch.ones(length, length, dtype=torch.bool, device=q_BSHK.device).triu(1)
-    probs_BHSS = scores_BHSS.masked_fill(future_SS, float("-inf")).softmax(-1)
-    return torch.einsum("bhqs,bshu->bqhu", probs_BHSS, v_BSHU)
+def causal_attention(
+    q_BSHK: Tensor, k_BMHK: Tensor, v_BMHU: Tensor, *, scale: float, first: int = 0
+) -> Tensor:
+    """Return softmax(scale * q k^T + causal mask) v, shape [B, S, H, U]; the queries begin at `first`."""
+    q_BSHK, k_BMHK, v_BMHU = _at_least_fp32(q_BSHK), _at_least_fp32(k_BMHK), _at_least_fp32(v_BMHU)
+    scores_BHSM = torch.einsum("bqhk,bmhk->bhqm", q_BSHK, k_BMHK) * scale
+    future_SM = torch.ones(scores_BHSM.shape[2:], dtype=torch.bool, device=q_BSHK.device).triu(first + 1)
+    probs_BHSM = scores_BHSM.masked_fill(future_SM, float("-inf")).softmax(-1)
+    return torch.einsum("bhqm,bmhu->bqhu", probs_BHSM, v_BMHU)
 
 
 def swiglu(gate_TI: Tensor, up_TI: Tensor, row_weights_T: Tensor | None = None) -> Tensor:

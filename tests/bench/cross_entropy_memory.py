@@ -83,6 +83,7 @@ def _peak_above_model(head: str, vocab: int, tokens: int) -> int:
         labels_BKS=ids_BS[:, None, 1:].contiguous(),
         positions_BS=torch.arange(SEQUENCE).expand(batch_size, -1).contiguous(),
         valid_K=torch.tensor([tokens]),
+        global_sequences=batch_size,
     )
     loss_function = Objective(weight_VD) if head == "fused" else plain
     schedule = LocalSchedule(model, loss_function, microbatch_size=batch_size)

@@ -123,6 +123,7 @@ class TrainingStep:
             labels_BKS=ids_BS[:, None, 1:].contiguous(),
             positions_BS=torch.arange(args.seq).expand(args.batch, -1).contiguous(),
             valid_K=torch.tensor([args.batch * args.seq]),
+            global_sequences=args.batch,
         )
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
 

@@ -40,6 +40,8 @@ def page() -> str:
 
 
 def _table(section: type) -> str:
+    if dataclasses.is_dataclass(section.__base__):  # made from a section whose keys have their own table
+        return f"### {section.__name__}\n\n{section.__doc__}"
     comments = _comments(section)
     hints = typing.get_type_hints(section)
     rows = [

@@ -14,8 +14,9 @@ from torch import Tensor
 from model.config import AttentionConfig, ModelConfig, MoEConfig, Recompute
 from model.init import initialize
 from model.transformer import ModelOutput, Transformer
+from parallel.bucket import ParameterRule
 from parallel.schedule import Batch, LocalSchedule, StepOutput
-from parallel.zero1 import ParameterRule, Zero1
+from parallel.zero1 import Zero1
 from train.balance import update_router_biases
 from train.batch import IGNORED_LABEL, make_batch
 from train.loss import Objective

@@ -9,13 +9,13 @@ from rich.console import Console
 
 from data.config import SourceConfig
 from model.config import YarnConfig
+from parallel.mesh import single_process
 from tests.golden.compose import compose_run
-from tests.train.tiny_job import metrics, overrides, train
+from tests.train.tiny_job import job_of, metrics, overrides, train
 from train.build import build_stage
 from train.checkpoints.manager import CheckpointManager, newest_intact
 from train.errors import EXIT_STOPPED, EXIT_UNSTABLE, RunError
 from train.init_from import load_initial_weights
-from train.job import Job
 from train.load import load_model
 from train.signals import StopRequest
 from train.trainer import Trainer
@@ -87,7 +87,7 @@ def test_every_stage_has_its_own_rotation(finished):
 def test_a_finished_job_has_nothing_left_and_changes_nothing(finished, tmp_path):
     root = without_data_copy(finished, tmp_path)
     before = metrics(root / "tiny")
-    job = Job(compose_run(*overrides(root)), root / "tiny")
+    job = job_of(compose_run(*overrides(root)), root / "tiny")
     assert job.todo == []
     train(root)
     assert metrics(root / "tiny") == before
@@ -166,7 +166,7 @@ def test_a_stopped_job_resumes_bit_for_bit(finished, tmp_path, monkeypatch, step
     fit = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda self: (setattr(stop, "trainer", self), fit(self)))
     root = tmp_path / "root"
-    job = Job(compose_run(*overrides(root)), root / "tiny")
+    job = job_of(compose_run(*overrides(root)), root / "tiny")
     with pytest.raises(RunError) as caught:
         job.train(stop, quiet())
     assert caught.value.exit_code == EXIT_STOPPED
@@ -196,7 +196,7 @@ def test_resuming_is_exact_with(tmp_path, monkeypatch, more):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "fit", lambda self: (setattr(stop, "trainer", self), fit(self)))
         with pytest.raises(RunError):
-            Job(compose_run(*overrides(root, *more)), root / "tiny").train(stop, quiet())
+            job_of(compose_run(*overrides(root, *more)), root / "tiny").train(stop, quiet())
     assert metrics(train(root, *more)) == metrics(whole)
     assert_same_weights(root / "tiny", whole)
 
@@ -229,7 +229,7 @@ def test_another_model_or_other_data_are_refused_and_nothing_is_lost(finished, t
     root = without_data_copy(finished, tmp_path)
     before = sorted(path for path in root.rglob("*"))
     with pytest.raises(RunError, match="cannot be resumed") as caught:
-        Job(compose_run(*overrides(root, "stages.extend_128k.num_tokens=1280", change)), root / "tiny")
+        job_of(compose_run(*overrides(root, "stages.extend_128k.num_tokens=1280", change)), root / "tiny")
     assert caught.value.exit_code == 2
     assert named in str(caught.value)
     assert sorted(path for path in root.rglob("*")) == before
@@ -254,31 +254,35 @@ def test_another_mixture_within_a_stage_is_refused(tmp_path, where):
     config.data.sources["other"] = SourceConfig(path=config.data.sources["stdlib"].path)
     config.stages["pretrain_4k"].num_tokens = 1
     config.stages = {"pretrain_4k": config.stages["pretrain_4k"]}
-    Job(config, tmp_path / "tiny").train(StopRequest(), quiet())
+    job_of(config, tmp_path / "tiny").train(StopRequest(), quiet())
     config.stages["pretrain_4k"].num_tokens = 640
-    assert Job(config, tmp_path / "tiny").todo == ["pretrain_4k"]
+    assert job_of(config, tmp_path / "tiny").todo == ["pretrain_4k"]
     if where == "stage":
         config.stages["pretrain_4k"].source_weights = {"other": 9.0}
     else:
         config.data.sources["other"].weight = 9.0
     with pytest.raises(RunError, match=r"source_weights\.other: the run has 1\.0, the .* says 9\.0"):
-        Job(config, tmp_path / "tiny")
+        job_of(config, tmp_path / "tiny")
 
 
 def test_a_refused_job_leaves_no_trace(tmp_path):
     config = compose_run(*overrides(tmp_path, "init_from=nowhere"))
     with pytest.raises(RunError, match="nowhere"):
-        Job(config, tmp_path / "tiny")
+        job_of(config, tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
 
 
 def test_a_run_can_start_from_the_weights_of_another(finished, tmp_path):
     root = without_data_copy(finished, tmp_path)
     config = compose_run(*overrides(root, "name=second", f"init_from={root}/tiny", "seed=5"))
-    parts = build_stage(config, config.stages["pretrain_4k"], device=torch.device("cpu"))
+    parts = build_stage(
+        config, config.stages["pretrain_4k"], device=torch.device("cpu"), mesh=single_process()
+    )
     load_initial_weights(parts, root / "tiny")
     theirs = load_model(root / "tiny").model.state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in parts.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, theirs[name]) for name, tensor in parts.model.parts[0].state_dict().items()
+    )
     train(root, "name=second", f"init_from={root}/tiny", "seed=5")
     assert metrics(root / "second")[0]["loss"] < metrics(finished)[0]["loss"] - 0.5
 
@@ -295,7 +299,7 @@ def test_an_unstable_run_stops_itself_and_keeps_its_checkpoint(tmp_path, monkeyp
 
     def poisoned(self, batch_size):
         calls.append(batch_size)
-        next(iter(self.parts.model.parameters())).data.fill_(float("nan"))
+        next(iter(self.parts.model.named_parameters().values())).data.fill_(float("nan"))
         return next_batch(self, batch_size)
 
     next_batch = Trainer.next_batch
@@ -318,7 +322,7 @@ def test_an_unstable_run_stops_itself_and_keeps_its_checkpoint(tmp_path, monkeyp
 def test_a_pattern_that_matches_no_parameter_is_refused(tmp_path):
     config = compose_run(*overrides(tmp_path, "+optimizer.lr_multipliers.attn=0.5"))
     with pytest.raises(RunError, match="no parameter matches 'attn'"):
-        Job(config, tmp_path / "tiny")
+        job_of(config, tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
 
 
@@ -329,7 +333,7 @@ def train_until(step, root, *more):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "fit", lambda self: (setattr(stop, "trainer", self), fit(self)))
         with pytest.raises(RunError) as caught:
-            Job(compose_run(*overrides(root, *more)), root / "tiny").train(stop, quiet())
+            job_of(compose_run(*overrides(root, *more)), root / "tiny").train(stop, quiet())
     assert caught.value.exit_code == EXIT_STOPPED
 
 
@@ -347,10 +351,10 @@ def assert_same_weights(run, other):
 def test_a_model_changed_between_two_stages_is_refused_too(tmp_path):
     train(tmp_path, "~stages.extend_32k", "~stages.extend_128k")
     with pytest.raises(RunError, match=r"model\.hidden_size: the run has 32"):
-        Job(compose_run(*overrides(tmp_path, "model.hidden_size=48")), tmp_path / "tiny")
+        job_of(compose_run(*overrides(tmp_path, "model.hidden_size=48")), tmp_path / "tiny")
 
 
 def test_another_seed_is_refused_on_a_finished_run_too(finished, tmp_path):
     root = without_data_copy(finished, tmp_path)
     with pytest.raises(RunError, match="seed: the run has 0"):
-        Job(compose_run(*overrides(root, "seed=1")), root / "tiny")
+        job_of(compose_run(*overrides(root, "seed=1")), root / "tiny")

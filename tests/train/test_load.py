@@ -10,6 +10,7 @@ from torch import Tensor
 from data.tokenizer import train_bpe
 from model.config import Compute, PrecisionConfig, YarnConfig
 from model.transformer import Transformer
+from parallel.mesh import single_process
 from tests.model.small import small
 from train.build import StageParts, build_stage
 from train.checkpoints.manager import CheckpointManager
@@ -55,7 +56,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         },
     )
     config.data.tokenizer = str(run / "tokenizer.json")
-    parts = build_stage(config, config.stages["short"], device=torch.device("cpu"))
+    parts = build_stage(config, config.stages["short"], device=torch.device("cpu"), mesh=single_process())
     manager = CheckpointManager(run / "checkpoints", keep_last=2, asynchronous=False)
     tensors: dict[str, dict[str, Tensor]] = {}
     for step, (name, permanent) in enumerate(

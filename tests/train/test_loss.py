@@ -79,9 +79,9 @@ def test_one_cross_entropy_call_covers_all_depths(monkeypatch: pytest.MonkeyPatc
     calls: list[int] = []
     kernel = loss_module.linear_cross_entropy
 
-    def counting(hidden_TD: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+    def counting(hidden_TD: Tensor, *args: Tensor, vocabulary: None) -> tuple[Tensor, Tensor]:
         calls.append(hidden_TD.shape[0])
-        return kernel(hidden_TD, *args)
+        return kernel(hidden_TD, *args, vocabulary=vocabulary)
 
     monkeypatch.setattr(loss_module, "linear_cross_entropy", counting)
     hidden, head_VD, labels_BKS = drawn(3)

@@ -29,6 +29,13 @@ def engine_of(model: nn.Module, config: OptimizerConfig) -> tuple[Zero1, AdamW]:
     return engine, AdamW(engine, config)
 
 
+def state_of(engine: Zero1, optimizer: AdamW) -> dict[str, Tensor]:
+    """Everything that a checkpoint keeps of an optimizer on one process, as views."""
+    masters = engine.stored(engine.masters(), name="model.{}")
+    moments = {f"optim.{name}": moment for name, moment in optimizer.moments().items()}
+    return {name: tensor for name, tensor in (masters | moments).items() if isinstance(tensor, Tensor)}
+
+
 def torch_adamw(model: nn.Module, config: OptimizerConfig, factors: dict[str, float]) -> torch.optim.AdamW:
     groups = [
         {
@@ -70,7 +77,7 @@ def test_six_clipped_steps_equal_torch(chunk: int, monkeypatch: pytest.MonkeyPat
         engine.zero_grad()
         for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
-    state = optimizer.state_tensors()
+    state = state_of(engine, optimizer)
     for name, parameter in reference.named_parameters():
         for kind in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(
@@ -135,7 +142,7 @@ def test_bf16_moments_are_fp32_adamw_with_rounded_state() -> None:
                 denominator = (square[name] / (1 - 0.95**count)).sqrt() + config.eps
                 weight.sub_(lr * (avg[name] / (1 - 0.9**count)) / denominator)
                 avg[name], square[name] = avg[name].bfloat16().float(), square[name].bfloat16().float()
-    state = optimizer.state_tensors()
+    state = state_of(engine, optimizer)
     assert state["optim.0.weight.exp_avg"].dtype == torch.bfloat16
     for name, weight in weights.items():
         # A moment on the border of two BF16 values may round either way: 2^-8 of one of six updates.
@@ -208,26 +215,26 @@ def test_restored_state_continues_bit_for_bit(moments: Moments, tmp_path: Path) 
             optimizer.step(lr=1e-2)
 
     train(model, engine, optimizer, range(3))
-    torch.save(optimizer.state_tensors(), tmp_path / "state.pt")
+    torch.save(state_of(engine, optimizer), tmp_path / "state.pt")
     train(model, engine, optimizer, range(3, 6))
 
     resumed = network(torch.bfloat16)
     resumed_engine, resumed_optimizer = engine_of(resumed, config)
     for name, saved in torch.load(tmp_path / "state.pt").items():
-        resumed_optimizer.state_tensors()[name].copy_(saved)
+        state_of(resumed_engine, resumed_optimizer)[name].copy_(saved)
     resumed_optimizer.num_updates = 3
     resumed_engine.publish()
     train(resumed, resumed_engine, resumed_optimizer, range(3, 6))
     for mine, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    after, resumed_after = optimizer.state_tensors(), resumed_optimizer.state_tensors()
+    after, resumed_after = state_of(engine, optimizer), state_of(resumed_engine, resumed_optimizer)
     assert all(torch.equal(after[name], resumed_after[name]) for name in after)
 
 
 def test_state_names_and_shapes() -> None:
     model = network(torch.bfloat16)
-    _, optimizer = engine_of(model, OptimizerConfig(moments=Moments.bf16))
-    state = optimizer.state_tensors()
+    engine, optimizer = engine_of(model, OptimizerConfig(moments=Moments.bf16))
+    state = state_of(engine, optimizer)
     for name, parameter in model.named_parameters():
         assert state[f"model.{name}"].dtype == torch.float32
         for key in (f"model.{name}", f"optim.{name}.exp_avg", f"optim.{name}.exp_avg_sq"):
@@ -248,6 +255,6 @@ def test_reset_starts_as_a_new_optimizer_on_the_same_masters() -> None:
         bucketed.zero_grad()
         loss_of(model, 1).backward()
         stepped.step(lr=1e-2)
-    after, expected = optimizer.state_tensors(), fresh.state_tensors()
+    after, expected = state_of(engine, optimizer), state_of(fresh_engine, fresh)
     assert all(torch.equal(after[name], expected[name]) for name in expected)
     assert optimizer.num_updates == fresh.num_updates == 1

@@ -118,3 +118,75 @@ def test_a_microbatch_larger_than_the_batch_has_one_remedy():
 
 def test_a_bad_group_count_does_not_hide_a_bad_top_k():
     assert len(MoEConfig(num_experts=8, num_groups=3, top_k=9).problems()) == 2
+
+
+def test_a_layout_that_holds_for_every_stage_is_refused_once():
+    """A job for many devices, started on one process, says in one line how many it needs."""
+    config = compose_run("recipe=deepseek_v3", "parallel=deepseek_v3", "stages.extend_128k.parallel.cp=16")
+    with pytest.raises(RunError) as caught:
+        check(config, world_size=1)
+    header, line = str(caught.value).splitlines()
+    assert header == "1 problem in the configuration:"
+    assert line.strip().startswith("parallel.pp=16 needs a multiple of 1024 processes")
+    assert line.endswith("not 1; use 1024 processes")
+
+
+def test_a_layout_that_one_stage_breaks_is_refused_at_its_path():
+    config = compose_run("recipe=smoke", "stages.extend_32k.parallel.tp=3", "stages.extend_128k.seq_len=4098")
+    assert problems(compose_run("recipe=smoke", "parallel.cp=2"), world_size=2) == []
+    found = problems(config, world_size=3)
+    assert all(line.startswith("stages.") for line in found)
+    assert any(
+        line.startswith("stages.extend_32k.parallel.tp=3 must divide model.vocab_size") for line in found
+    )
+    assert any(line.startswith("stages.extend_128k.parallel.microbatch_size=1 on dp=3") for line in found)
+
+
+def test_a_wrong_degree_of_the_run_is_not_repeated_for_its_stages():
+    config = compose_run("recipe=smoke", "parallel.pp=0", "stages.extend_32k.parallel.tp=0")
+    assert problems(config) == [
+        "parallel.pp=0 must be at least 1; use 1",
+        "stages.extend_32k.parallel.tp=0 must be at least 1; use 1",
+    ]
+
+
+def test_every_batch_of_a_ramp_is_checked():
+    config = compose_run(
+        "recipe=smoke", "stages.pretrain_4k.batch={start: 8, end: 32, ramp_tokens: 1000, multiple_of: 8}"
+    )
+    assert problems(config) == []
+    (line,) = [line for line in problems(config, world_size=2) if "pretrain" in line]
+    assert line.startswith("stages.pretrain_4k.parallel.microbatch_size=8 on dp=2 ranks needs batches")
+    assert "multiples of 16, not 8, 24; use microbatch_size=4," in line
+
+
+def test_a_batch_that_no_microbatch_divides_is_reported_once():
+    config = compose_run("recipe=smoke", "stages.extend_32k.batch={start: 3, end: 3}")
+    found = problems(config, world_size=2)
+    assert len(found) == 2  # start and end
+    assert found[0] == (
+        "stages.extend_32k.batch.start=3 must be a multiple of parallel.microbatch_size=2; use 2 or 4"
+    )
+
+
+def test_smoke_fits_four_processes_in_every_stage():
+    config = compose_run("recipe=smoke", "parallel=pp2_ep2")
+    assert problems(config, world_size=4) == []
+    assert {(stage.parallel.pp, stage.parallel.ep) for stage in config.stages.values() if stage.parallel} == {
+        (2, 2)
+    }
+
+
+def test_a_stage_takes_from_the_run_what_it_does_not_set():
+    config = compose_run(
+        "recipe=single_gpu", "parallel.tp=2", "parallel.schedule=zbv", "stages.extend_128k.parallel.cp=4"
+    )
+    for name, cp, microbatch in (("pretrain_4k", 1, 4), ("extend_32k", 1, 1), ("extend_128k", 4, 1)):
+        layout = config.stages[name].parallel
+        assert layout is not None
+        assert (layout.tp, layout.schedule, layout.cp) == (2, "zbv", cp)
+        assert layout.microbatch_size == microbatch
+
+
+def test_one_node_of_eight_fits_v3_16b():
+    assert problems(compose_run("recipe=v3_16b", "parallel=ep8"), world_size=8) == []

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from tests.golden.compose import compose_run
 from tests.train.tiny_run import VOCAB_SIZE, make_corpus
+from train.config import RunConfig
 from train.job import Job
 from train.signals import StopRequest
+from train.team import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,10 +73,15 @@ def overrides(root: Path, *more: str) -> list[str]:
 def train(root: Path, *more: str) -> Path:
     """Train the job in this process, without evaluation and report; return its run directory."""
     config = compose_run(*overrides(root, *more))
-    job = Job(config, root / config.name)
+    job = job_of(config, root / config.name)
     with StopRequest() as stop:
         job.train(stop, Console(quiet=True))
     return root / config.name
+
+
+def job_of(config: RunConfig, run_dir: Path) -> Job:
+    """Open a job in this process alone."""
+    return Job(config, run_dir, alone(torch.device("cpu")))
 
 
 def command(root: Path, *more: str) -> list[str]:

@@ -5,6 +5,9 @@ renamed; a process that is killed at any moment leaves the checkpoint before it.
 and every one that is permanent (the end of a stage).
 
     checkpoints/NAME/{shard-RRRRR-FFF.safetensors, metadata.json, progress.json, config.yaml, manifest.json}
+
+The processes of a job write one checkpoint together, into one folder that all of them see. Each puts what it
+owns into files of its own; the first one does everything else. What fails on one of them has failed on all.
 """
 
 import os
@@ -13,14 +16,16 @@ import shutil
 import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from train.checkpoints.durable import sync_folder, write_durably
+from parallel.groups import Group
+from parallel.pieces import Holding, Piece, Pieces
+from train.checkpoints.agreement import background_group, decide, is_first
+from train.checkpoints.durable import FileRecord, sync_folder, write_durably
 from train.checkpoints.manifest import (
     CONFIG_FILE,
     PROGRESS_FILE,
@@ -32,6 +37,7 @@ from train.checkpoints.manifest import (
     plain_json,
     verify,
 )
+from train.checkpoints.metadata import read_metadata, types_and_shapes
 from train.checkpoints.storage import load_tensors, save_tensors
 from train.errors import RunError
 
@@ -41,7 +47,7 @@ class Snapshot:
     """Everything of one checkpoint, beyond the reach of the training step that follows."""
 
     name: str
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Holding]
     progress_json: str
     config_yaml: str
     permanent: bool
@@ -51,16 +57,22 @@ class CheckpointManager:
     """Saves, retires and finds the checkpoints in one folder; a run has one manager at a time.
 
     Making one removes what a killed process left half-written. RunError when the folder cannot be used.
+
+    With a `group`, all its processes make a manager and call its methods together, in one order. Each gives
+    and takes the tensors it holds; progress and configuration are those of the first process. Every error is
+    raised on all of them. All processes of the world take part in making the manager.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, asynchronous: bool) -> None:
+    def __init__(
+        self, folder: Path, *, keep_last: int, asynchronous: bool, group: Group | None = None
+    ) -> None:
         self._folder = folder
         self._keep_last = keep_last
+        self._group = background_group(group)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
         self._in_flight: Future[None] | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._clear_leftovers()
+            decide(self._group, self._open)
         except OSError as error:
             raise RunError(
                 f"checkpoint folder {folder} cannot be used: {error}; free it or use another root="
@@ -69,7 +81,7 @@ class CheckpointManager:
     def save(
         self,
         name: str,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Holding],
         progress: Mapping[str, Any],
         *,
         config_yaml: str,
@@ -105,52 +117,65 @@ class CheckpointManager:
 
     def latest(self) -> SavedCheckpoint | None:
         """Return the newest intact checkpoint, or None where nothing was ever saved; see `newest_intact`."""
-        return newest_intact(self._folder)
+        self.wait()
+        return newest_intact(self._folder, group=self._group)
 
-    def load(self, saved: SavedCheckpoint, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, saved: SavedCheckpoint, tensors: Mapping[str, Holding]) -> None:
         """Fill `tensors` in place with all of a checkpoint's.
 
         Raises:
             RunError: naming every missing, extra, misshaped or mistyped tensor; then nothing was written.
         """
-        load_tensors(saved.path, tensors)
+        self.wait()
+        load_tensors(saved.path, tensors, group=self._group)
 
     def keep(self, saved: SavedCheckpoint) -> None:
         """Make a checkpoint permanent. Raises RunError when its manifest cannot be rewritten."""
+        self.wait()
         try:
-            make_permanent(saved.path)
+            decide(self._group, lambda: make_permanent(saved.path))
         except (OSError, DamagedError) as error:
             raise RunError(f"checkpoint {saved.path} cannot be kept: {error}; make room or fix it") from error
 
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._clear_leftovers()
+
     def _write(self, snapshot: Snapshot) -> None:
         path = self._folder / snapshot.name
-        partial = self._scratch(path, ".partial-")
+        partial = decide(self._group, lambda: self._scratch(path, ".partial-"))
         try:
-            partial.mkdir()
-            self._fill(partial, snapshot)
-            self._publish(partial, path)
-            self._retire()
+            decide(self._group, partial.mkdir)
+            files = save_tensors(partial, snapshot.tensors, group=self._group)
+            decide(self._group, lambda: self._complete(partial, path, snapshot, files))
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)  # what stays is cleared by the next start
+            last_good = decide(self._group, lambda: self._abandon(partial))
             raise RunError(
                 f"checkpoint {path} could not be saved: {error}; make room or fix the folder, then give the "
-                f"same command again. {self._last_good()}"
+                f"same command again. {last_good}"
             ) from error
 
-    def _fill(self, partial: Path, snapshot: Snapshot) -> None:
-        files = save_tensors(partial, snapshot.tensors)
+    def _complete(self, partial: Path, path: Path, snapshot: Snapshot, files: dict[str, FileRecord]) -> None:
+        """Make a checkpoint of a folder with everybody's tensors, and retire what it supersedes."""
         files[PROGRESS_FILE] = write_durably(partial / PROGRESS_FILE, snapshot.progress_json)
         files[CONFIG_FILE] = write_durably(partial / CONFIG_FILE, snapshot.config_yaml)
         Manifest(
             order=1 + max(self._orders().values(), default=0),
             permanent=snapshot.permanent,
             files=files,
-            tensors={
-                name: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-                for name, tensor in snapshot.tensors.items()
-            },
+            tensors=types_and_shapes(read_metadata(partial)),
         ).write(partial)
         sync_folder(partial)
+        self._publish(partial, path)
+        self._retire()
+
+    def _abandon(self, partial: Path) -> str:
+        """Remove what was written of a checkpoint that failed; return which one remains, in words."""
+        shutil.rmtree(partial, ignore_errors=True)  # what stays is cleared by the next start
+        newest = next(iter(self._orders()), None)
+        return (
+            f"The last good checkpoint, {newest}, is kept." if newest else "There is no earlier checkpoint."
+        )
 
     def _publish(self, partial: Path, path: Path) -> None:
         replaced = self._scratch(path, ".replaced-")
@@ -188,36 +213,33 @@ class CheckpointManager:
             if isinstance(manifest, Manifest)
         }
 
-    def _last_good(self) -> str:
-        newest = next(iter(self._orders()), None)
-        return (
-            f"The last good checkpoint, {newest}, is kept." if newest else "There is no earlier checkpoint."
-        )
-
     def _scratch(self, path: Path, mark: str) -> Path:
         return path.with_name(f"{path.name}{mark}{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def newest_intact(folder: Path, *, stage: str | None = None) -> SavedCheckpoint | None:
+def newest_intact(
+    folder: Path, *, stage: str | None = None, group: Group | None = None
+) -> SavedCheckpoint | None:
     """Return the newest checkpoint in `folder` that passes verification, of the end of `stage` if given.
 
     A damaged one is named on stderr with the reason, and the one before it is tried. None where there is
-    no checkpoint at all.
+    no checkpoint at all. The processes of a group call this together and get the same answer.
 
     Raises:
         RunError: when there are checkpoints and none is intact, listing all with their reasons.
     """
     damaged: list[str] = []
-    for path, manifest in manifests(folder):
+    for path, manifest in decide(group, lambda: list(manifests(folder))):
         if stage is not None and not _ends_stage(path, manifest, stage):
             continue
         try:
             if isinstance(manifest, DamagedError):
                 raise manifest
-            saved = verify(path)
+            saved = verify(path, group=group)
         except DamagedError as error:
             damaged.append(f"{path}: {error}")
-            print(f"checkpoint {path} is damaged ({error}); trying the one before it", file=sys.stderr)
+            if is_first(group):
+                print(f"checkpoint {path} is damaged ({error}); trying the one before it", file=sys.stderr)
             continue
         return saved
     if damaged:
@@ -234,6 +256,14 @@ def _ends_stage(path: Path, manifest: Manifest | DamagedError, stage: str) -> bo
     return of_stage and (isinstance(manifest, DamagedError) or manifest.permanent)
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+@torch.no_grad()
+def _copies(tensors: Mapping[str, Holding]) -> dict[str, Holding]:
+    """Return copies in the host's memory."""
+    return {name: _copy(held) for name, held in tensors.items()}
+
+
+def _copy(held: Holding) -> Holding:
+    if isinstance(held, Pieces):
+        copies = (Piece(p.offsets, p.tensor.detach().to("cpu", copy=True)) for p in held.pieces)
+        return replace(held, pieces=tuple(copies))
+    return held.detach().to("cpu", copy=True)

@@ -9,9 +9,12 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from parallel.groups import Group
+from train.checkpoints.agreement import combine, decide
 from train.checkpoints.durable import FileRecord, measure, sync_folder, write_durably
 
 MANIFEST_FILE = "manifest.json"
@@ -83,18 +86,16 @@ def make_permanent(folder: Path) -> None:
     sync_folder(folder)
 
 
-def verify(folder: Path) -> SavedCheckpoint:
-    """Check every file of a checkpoint against its manifest. DamagedError names the first few that differ."""
-    manifest = read_manifest(folder)
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing and reading both leave Python to other threads
-        checked = pool.map(lambda entry: _fault(folder / entry[0], entry[1]), manifest.files.items())
-        faults = [fault for fault in checked if fault]
+def verify(folder: Path, *, group: Group | None = None) -> SavedCheckpoint:
+    """Check every file of a checkpoint against its manifest. DamagedError names those that differ.
+
+    The processes of a group, where given, share the files among themselves; all get the same answer.
+    """
+    manifest = decide(group, lambda: read_manifest(folder))
+    faults = combine(group, lambda: _faults(folder, manifest, group), lambda parts: list(chain(*parts)))
     if faults:
         raise DamagedError("; ".join(faults))
-    try:
-        progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{PROGRESS_FILE} is unreadable: {error!r}") from error
+    progress = decide(group, lambda: _read_progress(folder))
     return SavedCheckpoint(
         path=folder, name=folder.name, progress=progress, permanent=manifest.permanent, order=manifest.order
     )
@@ -117,6 +118,22 @@ def _newest_first(entry: tuple[Path, Manifest | DamagedError]) -> tuple[bool, in
     if isinstance(manifest, DamagedError):
         return False, 0, path.name
     return True, -manifest.order, path.name
+
+
+def _faults(folder: Path, manifest: Manifest, group: Group | None) -> list[str]:
+    """Check this process's share of the files."""
+    rank, size = (group.rank, group.size) if group else (0, 1)
+    files = list(manifest.files.items())[rank::size]
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing and reading both leave Python to other threads
+        checked = pool.map(lambda entry: _fault(folder / entry[0], entry[1]), files)
+        return [fault for fault in checked if fault]
+
+
+def _read_progress(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{PROGRESS_FILE} is unreadable: {error!r}") from error
 
 
 def _fault(path: Path, record: FileRecord) -> str | None:

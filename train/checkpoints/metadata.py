@@ -55,6 +55,15 @@ def metadata_text(metadata: Metadata, places: Mapping[MetadataIndex, ChunkPlace]
     return f'{{"tensors": {{\n{lines}\n}}}}\n'
 
 
+def types_and_shapes(metadata: Metadata) -> dict[str, str]:
+    """Return, by name, what a tensor is in words, such as bfloat16[64, 3]."""
+    return {
+        name: f"{str(entry.properties.dtype).removeprefix('torch.')}{list(entry.size)}"
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
 def read_metadata(folder: Path) -> Metadata:
     """Read metadata.json back into what DCP plans with. RunError when it is absent or not such a file."""
     path = folder / METADATA_FILE

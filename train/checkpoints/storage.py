@@ -1,279 +1,115 @@
-"""Storage for torch.distributed.checkpoint (DCP) without pickle: safetensors for data, JSON for metadata.
+"""Tensors of one process or of many into a folder and back, under any layout.
 
-DCP plans who writes and reads which part of which tensor, so a checkpoint written under one layout loads
-under any other. Its own file storage pickles metadata and data, and its Hugging Face storage has to guess a
-tensor's shape from the parts it finds; hence this one. A folder holds shard-RRRRR-FFF.safetensors (rank R,
-file F) and metadata.json, which gives, for each tensor, type, shape, and per chunk offsets, sizes, file, key.
+`torch.distributed.checkpoint` (DCP) plans who writes and reads which box of which tensor
+(train/checkpoints/planning.py), so that a checkpoint written under one layout loads under any other; the file
+format is our own (train/checkpoints/shards.py). Every process writes what it owns and reads what it owns: no
+tensor travels between processes. They act together only when they are asked to with a `group`; without one, a
+process acts for itself, whatever others there are.
 """
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, distributed
-from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    LoadPlan,
-    LoadPlanner,
-    Metadata,
-    SavePlan,
-    SavePlanner,
-    StorageReader,
-    StorageWriter,
-)
+from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
-from torch.futures import Future
 
-from train.checkpoints.coverage import problems
-from train.checkpoints.durable import FileRecord, write_durably
-from train.checkpoints.metadata import METADATA_FILE, ChunkPlace, metadata_text, read_metadata
-from train.checkpoints.safetensors_file import write_safetensors
+from parallel.groups import Group
+from parallel.pieces import Holding, Pieces
+from train.checkpoints.agreement import combine, decide, raise_first
+from train.checkpoints.coverage import survey, verdict
+from train.checkpoints.durable import FileRecord
+from train.checkpoints.metadata import read_metadata
+from train.checkpoints.planning import PiecesLoadPlanner, PiecesSavePlanner
+from train.checkpoints.shards import SHARD_BYTES, SafetensorsReader, SafetensorsWriter
 from train.errors import RunError
-
-SHARD_BYTES = 4 << 30
-"""A rank's tensors are cut into files of about this size, so that several can be verified at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrittenChunk:
-    """What the process that wrote a chunk tells the one that writes the metadata."""
-
-    place: ChunkPlace
-    file: FileRecord
-
-
-class SafetensorsWriter(StorageWriter):
-    """Writes each rank's part into files of its own; afterwards the coordinator's `files` has all of them."""
-
-    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder = folder
-        self._shard_bytes = shard_bytes
-        self.files: dict[str, FileRecord] = {}
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give each rank the names of its files."""
-        return [replace(plan, storage_data=f"shard-{rank:05d}") for rank, plan in enumerate(plans)]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's chunks. Raises OSError."""
-        results: list[WriteResult] = []
-        for number, items in enumerate(self._by_file(plan.items)):
-            file = f"{plan.storage_data}-{number:03d}.safetensors"
-            chunks = {_key(item): _as_tensor(planner, item) for item in items}
-            record = write_safetensors(self._folder / file, chunks)
-            results += [
-                WriteResult(
-                    index=item.index,
-                    size_in_bytes=chunks[_key(item)].nbytes,
-                    storage_data=WrittenChunk(place=ChunkPlace(file=file, key=_key(item)), file=record),
-                )
-                for item in items
-            ]
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write metadata.json, on the coordinator alone, after every rank has written. Raises OSError."""
-        written = [result for of_rank in results for result in of_rank]
-        places = {result.index: result.storage_data.place for result in written}
-        self.files = {result.storage_data.place.file: result.storage_data.file for result in written}
-        text = metadata_text(metadata, places)
-        self.files[METADATA_FILE] = write_durably(self._folder / METADATA_FILE, text)
-
-    def _by_file(self, items: list[WriteItem]) -> list[list[WriteItem]]:
-        files: list[list[WriteItem]] = []
-        room = 0
-        for item in items:
-            size = _num_bytes(item)
-            if not files or size > room:
-                files.append([])
-                room = self._shard_bytes
-            files[-1].append(item)
-            room -= size
-        return files
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing outlives one checkpoint: a writer is made for each."""
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to prepare: whoever owns the folder has made it."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leave DCP's plan as it is."""
-        return plan
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Return False: DCP is never to choose this storage by itself."""
-        return False
-
-
-class SafetensorsReader(StorageReader):
-    """Reads parts of chunks through safetensors, which maps files and copies only what is asked."""
-
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        self._folder = folder
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the metadata this reader was made with."""
-        return self._metadata
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy every planned part into its destination, converted to the destination's type."""
-        by_file: dict[str, list[tuple[str, ReadItem]]] = {}
-        for item in plan.items:
-            place = self._metadata.storage_data[item.storage_index]
-            by_file.setdefault(place.file, []).append((place.key, item))
-        for file, parts in by_file.items():
-            with safe_open(self._folder / file, framework="pt") as shard:
-                for key, item in parts:
-                    box = tuple(
-                        slice(start, start + length)
-                        for start, length in zip(item.storage_offsets, item.lengths, strict=True)
-                    )
-                    source = shard.get_slice(key)[box] if box else shard.get_tensor(key)
-                    target = planner.resolve_tensor(item).detach()
-                    if source.shape != target.shape:  # copy_ would broadcast
-                        raise RunError(f"{file}: {key} has another shape than {METADATA_FILE} says")
-                    target.copy_(source)
-                    planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing outlives one checkpoint: a reader is made for each."""
-
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        """Nothing to prepare."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Leave DCP's plan as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Leave DCP's plans as they are."""
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Return False: DCP is never to choose this storage by itself."""
-        return False
-
-
-class CountingPlanner(DefaultLoadPlanner):
-    """DCP's planner, which also counts the elements that were written into each destination."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.num_written: Counter[str] = Counter()
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Count one part that has arrived."""
-        self.num_written[read_item.dest_index.fqn] += tensor.numel()
 
 
 def save_tensors(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Holding],
     *,
-    process_group: ProcessGroup | None = None,
+    group: Group | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, FileRecord]:
-    """Write tensors (plain, or DTensors of any placement) into an existing folder.
+    """Write tensors (plain, DTensors of any placement, or pieces) into an existing folder.
 
-    With a process group, all its ranks call this together and replicated parts are written once. Returns
-    the files, on rank 0; elsewhere an empty dict. Raises OSError if any rank could not write.
+    With a group, its processes call this together, each with what it holds, and each box that several of them
+    hold is written once. A process may leave out a tensor of which it holds nothing. Returns all the files,
+    on the first process; elsewhere an empty dict.
+
+    Raises:
+        OSError: a process could not write; on all of them.
+        ValueError: the processes together do not hold every element of a tensor, or disagree about its shape
+            or type; on all of them, and nothing was written.
     """
     writer = SafetensorsWriter(folder, shard_bytes=shard_bytes)
+    handle = group.handle if group else None
     try:
         # What dcp.save calls once it has warned that there is no process group. Silencing the warning is
         # not possible here: warning filters belong to the process, and this may run in a thread.
         _save_state_dict(
             dict(tensors),
             writer,
-            process_group=process_group,
-            no_dist=not distributed.is_initialized(),
-            planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=handle,
+            no_dist=handle is None,
+            planner=PiecesSavePlanner(),
         )
     except CheckpointException as failure:
-        raise _cause(failure) from failure
+        raise_first(failure, group)
     return writer.files
 
 
-def load_tensors(folder: Path, tensors: Mapping[str, Tensor], *, prefix: str | None = "") -> None:
-    """Fill tensors in place, and prove that every element of each came from the files.
+def load_tensors(
+    folder: Path,
+    tensors: Mapping[str, Holding],
+    *,
+    prefix: str | None = "",
+    group: Group | None = None,
+) -> None:
+    """Fill tensors and pieces in place, and prove that every element of each came from the files.
 
     Floating types are converted into each other; no other type is. `prefix`: every stored tensor whose name
     begins so must be among `tensors`; None for taking some tensors and leaving the others.
 
+    With a group, its processes call this together, each with what it holds, under any layout; a stored tensor
+    has to be taken by one of them. Each reads its own part from the files, and all raise the same errors.
+
     Raises:
         RunError: naming every missing, extra, misshaped, mistyped or incompletely stored tensor; nothing
-            has been written into any tensor then.
+            has been written into any tensor of any process then.
     """
-    metadata = read_metadata(folder)
-    found = problems(metadata, tensors, prefix=prefix)
+    metadata = decide(group, lambda: read_metadata(folder))
+    found = combine(
+        group,
+        lambda: survey(metadata, tensors),
+        lambda surveys: verdict(metadata, surveys, prefix=prefix),
+    )
     if found:
         raise RunError(f"{folder} does not fit:\n" + "\n".join(f"  {problem}" for problem in found))
-    planner = CountingPlanner()
-    try:
-        _load_state_dict(
-            dict(tensors),
-            SafetensorsReader(folder, metadata),
-            no_dist=not distributed.is_initialized(),
-            planner=planner,
-        )
-    except CheckpointException as failure:
-        cause = _cause(failure)
-        if isinstance(cause, (OSError, SafetensorError)):
-            raise RunError(f"{folder} cannot be read: {cause}") from cause
-        raise cause from failure
-    wanted = {name: _local(tensor).numel() for name, tensor in tensors.items()}
-    unfilled = sorted(name for name, count in wanted.items() if planner.num_written[name] != count)
+    unfilled = combine(
+        group,
+        lambda: _read(folder, metadata, tensors),
+        lambda parts: sorted({name for part in parts for name in part}),
+    )
     if unfilled:
         raise RunError(f"{folder}: not every element was read of {', '.join(unfilled)}")
 
 
-def _num_bytes(item: WriteItem) -> int:
-    data = item.tensor_data
-    return prod(data.chunk.sizes) * data.properties.dtype.itemsize if data else 0
+def _read(folder: Path, metadata: Metadata, tensors: Mapping[str, Holding]) -> list[str]:
+    """Fill this process's tensors; return the names of those that did not get all their elements."""
+    planner = PiecesLoadPlanner()
+    try:
+        _load_state_dict(dict(tensors), SafetensorsReader(folder, metadata), no_dist=True, planner=planner)
+    except CheckpointException as failure:
+        raise_first(failure, None)
+    return [name for name, held in tensors.items() if planner.num_written[name] != _num_elements(held)]
 
 
-def _key(item: WriteItem) -> str:
-    """Name a chunk in its file: the tensor's name, with the box in brackets unless it is the whole tensor."""
-    data = item.tensor_data
-    if data is None or data.chunk.sizes == data.size:
-        return item.index.fqn
-    box = ",".join(f"{a}:{a + n}" for a, n in zip(data.chunk.offsets, data.chunk.sizes, strict=True))
-    return f"{item.index.fqn}[{box}]"
-
-
-def _as_tensor(planner: SavePlanner, item: WriteItem) -> Tensor:
-    value = planner.resolve_data(item)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{item.index.fqn} is not a tensor; only tensors go here")
-    return value
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _cause(failure: CheckpointException) -> BaseException:
-    """Return what went wrong on the first rank that failed; DCP's own exception is no Exception."""
-    return min(failure.failures.items())[1][0]
+def _num_elements(held: Holding) -> int:
+    """Return how many elements this process has of a tensor."""
+    if isinstance(held, Pieces):
+        return sum(piece.tensor.numel() for piece in held.pieces)
+    return (held.to_local() if isinstance(held, DTensor) else held).numel()

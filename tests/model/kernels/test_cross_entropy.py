@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.kernels import cross_entropy, reference
 from model.kernels.cross_entropy import linear_cross_entropy
+from tests.distributed import run_ranks
 from tests.model.kernels.compare import TOLERANCE, relative_error
 
 D, V = 16, 37
@@ -93,6 +95,78 @@ def test_the_backward_pass_may_run_twice():
     (dweight,) = torch.autograd.grad(loss, weight)
     assert torch.equal(once[0], dhidden)
     assert torch.equal(once[1], dweight)
+
+
+class Rows:
+    """A part of the vocabulary, its statistics combined over the processes of a test."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.collectives: list[tuple[str, tuple[int, ...]]] = []
+
+    def max(self, x: Tensor) -> Tensor:
+        self.collectives.append(("max", tuple(x.shape)))
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        self.collectives.append(("sum", tuple(x.shape)))
+        dist.all_reduce(x)
+        return x
+
+
+SPLITS = {2: [(20, 17), (36, 1)], 3: [(13, 12, 12), (1, 30, 6)]}
+"""Rows of the vocabulary on each process."""
+
+
+def split_against_whole(
+    rank: int, sizes: tuple[int, ...], dtype: torch.dtype, *, tokens: int, ignored: int
+) -> None:
+    hidden, weight, labels, weights = problem(tokens, dtype, ignored=ignored)
+    rows = Rows(sum(sizes[:rank]))
+    mine = [hidden.clone().requires_grad_(), weight.split(sizes)[rank].clone().requires_grad_()]
+    whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    options = {"chunk_tokens": 16}
+    loss, token_loss = linear_cross_entropy(*mine, labels, weights, vocabulary=rows, **options)
+    expected, expected_token_loss = linear_cross_entropy(*whole, labels, weights, **options)
+    (loss * 0.5).backward()
+    (expected * 0.5).backward()
+    assert mine[0].grad is not None
+    assert whole[1].grad is not None
+    dhidden = mine[0].grad.float()
+    dist.all_reduce(dhidden)
+    tolerance = TOLERANCE[dtype]
+    assert relative_error(loss.detach(), expected.detach()) <= 1e-6
+    assert relative_error(token_loss, expected_token_loss) <= 1e-6
+    assert mine[0].grad.dtype == dtype
+    assert relative_error(dhidden, whole[0].grad) <= tolerance
+    assert relative_error(mine[1].grad, whole[1].grad.split(sizes)[rank]) <= tolerance
+    chunks = [min(16, tokens - start) for start in range(0, tokens, 16)]
+    assert rows.collectives == [call for n in chunks for call in (("max", (n,)), ("sum", (2, n)))]
+
+
+def split_vocabulary_cases(rank: int, world_size: int) -> None:
+    for sizes in SPLITS[world_size]:
+        for dtype in (torch.float32, torch.bfloat16):
+            split_against_whole(rank, sizes, dtype, tokens=50, ignored=7)
+            split_against_whole(rank, sizes, dtype, tokens=5, ignored=5)
+    cross_entropy.SOFTMAX_ELEMENTS = 3 * max(sizes)
+    split_against_whole(rank, sizes, torch.float32, tokens=50, ignored=7)
+    # without gradients: the same collectives, the same loss, one product
+    hidden, weight, labels, weights = problem(20, torch.float32)
+    rows = Rows(sum(sizes[:rank]))
+    with torch.no_grad():
+        part = weight.split(sizes)[rank]
+        loss, _ = linear_cross_entropy(hidden * 1e4, part, labels, weights, vocabulary=rows)
+        expected, _ = linear_cross_entropy(hidden * 1e4, weight, labels, weights)
+    assert loss.isfinite()
+    assert relative_error(loss, expected) <= 1e-6
+    assert [call[0] for call in rows.collectives] == ["max", "sum"]
+
+
+@pytest.mark.parametrize("world_size", SPLITS)
+def test_a_vocabulary_spread_over_devices(world_size: int):
+    run_ranks(world_size, split_vocabulary_cases, world_size)
 
 
 def test_without_gradients_none_are_computed():

@@ -1,7 +1,5 @@
 """The DCP storage: types and shapes survive, no pickle, any layout reads any other, holes are seen."""
 
-# ruff: noqa: TID251  (layouts are made with real process groups here)
-
 import hashlib
 import json
 import pickle
@@ -22,8 +20,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.multiprocessing import start_processes
 
+from tests.distributed import run_ranks
+from tests.train.checkpoints.layouts import whole_group
 from train.checkpoints.coverage import problems
 from train.checkpoints.metadata import METADATA_FILE
 from train.checkpoints.safetensors_file import TYPE_CODES, write_safetensors
@@ -256,10 +255,8 @@ LOADED_AS = {
 
 def two_ranks(rank: int, folder: Path) -> None:
     """Save sharded; load, under other placements, what two ranks and what one process wrote."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    whole = whole_tensors()
+    whole, group = whole_tensors(), whole_group(rank, 2)
 
     def lay_out(tensors: dict[str, Tensor], placements: dict[str, Any]) -> dict[str, Tensor]:
         return {
@@ -270,22 +267,21 @@ def two_ranks(rank: int, folder: Path) -> None:
     if rank == 0:
         (folder / "by-two").mkdir()
     distributed.barrier()
-    files = save_tensors(folder / "by-two", lay_out(whole, SAVED_AS))
+    files = save_tensors(folder / "by-two", lay_out(whole, SAVED_AS), group=group)
     assert bool(files) == (rank == 0)
     for source in ("by-two", "by-one"):
         loaded = lay_out(poisoned(whole), LOADED_AS)
-        load_tensors(folder / source, loaded)
+        load_tensors(folder / source, loaded, group=group)
         for name, tensor in loaded.items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             assert torch.equal(full, whole[name]), (source, name)
-    distributed.destroy_process_group()
 
 
 def test_two_ranks_and_one_process_read_each_other(tmp_path: Path) -> None:
     whole = whole_tensors()
     (tmp_path / "by-one").mkdir()
     save_tensors(tmp_path / "by-one", whole)
-    start_processes(two_ranks, args=(tmp_path,), nprocs=2, start_method="fork")
+    run_ranks(2, two_ranks, tmp_path)
     stored = json.loads((tmp_path / "by-two" / METADATA_FILE).read_text())["tensors"]
     assert [len(stored[name]["chunks"]) for name in ("rows", "columns", "uneven")] == [2, 2, 2]
     assert {chunk["file"] for chunk in stored["rows"]["chunks"]} == {

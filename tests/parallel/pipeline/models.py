@@ -1,0 +1,88 @@
+"""A small model cut into stages, a batch of unequal rows, and the gradients of one process."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig, Recompute
+from model.init import initialize
+from model.moe import MoE
+from model.transformer import Part, Transformer
+from parallel.expert import AllToAllDispatcher
+from parallel.groups import Group
+from parallel.mesh import Mesh, single_process
+from parallel.schedule import Batch, LocalSchedule, StepOutput
+from parallel.sharding import Sharding, build_part
+from tests.model.small import relative, small
+from train.batch import IGNORED_LABEL, make_batch
+from train.loss import Objective
+
+SEQ_LEN, MTP_WEIGHT = 12, 0.3
+SEED = 3
+
+
+def config_of(num_layers: int, **changes: object) -> ModelConfig:
+    return small(num_layers=num_layers, num_mtp_layers=1, balance_loss_weight=0.05, init_std=0.2, **changes)
+
+
+def batch_of(sequences: int) -> Batch:
+    """Every row has another number of valid targets, so averages of averages would be wrong."""
+    rows_BW = torch.randint(64, (sequences, SEQ_LEN + 2), generator=torch.Generator().manual_seed(5))
+    for row in range(sequences):
+        rows_BW[row, SEQ_LEN - row % 8 :] = IGNORED_LABEL
+    return make_batch(rows_BW, num_mtp_layers=1, device=torch.device("cpu"))
+
+
+def chunk_of(
+    config: ModelConfig, part: Part, recompute: Recompute = Recompute.none, mesh: Mesh | None = None
+) -> Transformer:
+    """Return a part of the model; of its experts, those that belong to this process."""
+    sharding = Sharding(mesh=mesh or single_process())
+    return build_part(config, part, sharding, device=torch.device("cpu"), seed=SEED, recompute=recompute)
+
+
+def parts_of(config: ModelConfig, num_stages: int) -> list[Part]:
+    """Cut the layers as evenly as they go."""
+    borders = [stage * config.num_layers // num_stages for stage in range(num_stages + 1)]
+    return [
+        Part(first=stage == 0, layers=range(*borders[stage : stage + 2]), last=stage == num_stages - 1)
+        for stage in range(num_stages)
+    ]
+
+
+def use_exchanges(model: nn.Module, ep: Group, config: ModelConfig, recompute: Recompute) -> None:
+    """Give every mixture of experts a dispatcher that exchanges rows."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.dispatcher = AllToAllDispatcher(ep, config.moe.num_experts, recompute)
+
+
+def one_process(config: ModelConfig, batch: Batch, microbatch_size: int) -> tuple[Transformer, StepOutput]:
+    """Run the step on the whole model."""
+    model = Transformer(config)
+    initialize(model, seed=SEED)
+    schedule = LocalSchedule(model, Objective(model.head.weight), microbatch_size=microbatch_size)
+    return model, schedule.step(batch, mtp_weight=MTP_WEIGHT)
+
+
+def gradients(models: Iterable[nn.Module], mesh: Mesh | None = None) -> dict[str, Tensor]:
+    """Return every gradient by name, in the whole parameter's shape: zeros where others hold the rest.
+
+    A parameter that two parts share counts once.
+    """
+    found: dict[str, Tensor] = {}
+    sharding = Sharding(mesh=mesh or single_process())
+    for name, parameter in dict(pair for model in models for pair in model.named_parameters()).items():
+        assert parameter.grad is not None, name
+        share = sharding.share(name)
+        found[name] = torch.zeros(share.whole_shape(parameter.shape))
+        share.of(found[name]).copy_(parameter.grad)
+    return found
+
+
+def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """Return |ours - theirs| / |theirs| of every gradient; all must be there, and none zero."""
+    assert ours.keys() == theirs.keys()
+    assert all(gradient.norm() > 1e-6 for gradient in theirs.values())
+    return {name: relative(ours[name], theirs[name]) for name in theirs}

@@ -1,0 +1,196 @@
+"""Every schedule gives, over several processes, the gradients, losses and loads of one process.
+
+Gradients are compared one by one: a wrong one hides behind a right loss. The embedding is held by the first
+and the last rank, or shared by two stages of one rank; here the test adds up the two copies.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig, Recompute
+from model.transformer import ModelOutput, moe_layer_names
+from model.weight_gradients import WeightGradients, install
+from parallel.config import Schedule
+from parallel.layout import Layout
+from parallel.mesh import Mesh, build_mesh, single_process
+from parallel.pipeline.actions import action_table
+from parallel.pipeline.executor import PipelineSchedule
+from parallel.pipeline.rules import num_stages, stage_to_rank
+from parallel.pipeline.table import ActionTable
+from parallel.schedule import Batch, LocalSums, MicrobatchLoss
+from tests.distributed import run_ranks
+from tests.parallel.pipeline.models import (
+    MTP_WEIGHT,
+    batch_of,
+    chunk_of,
+    config_of,
+    differences,
+    gradients,
+    one_process,
+    parts_of,
+    use_exchanges,
+)
+from train.loss import Objective
+
+TOLERANCE = 1e-5
+
+
+class RankSchedule:
+    """The stages of one rank, and the schedule over them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        schedule: Schedule,
+        *,
+        chunks: int = 2,
+        microbatch_size: int = 1,
+        recompute: Recompute = Recompute.none,
+        overlap: bool = False,
+    ) -> None:
+        sizes = {"pp": mesh.pp.size, "chunks": chunks}
+        parts = parts_of(config, num_stages(schedule, **sizes))
+        places = stage_to_rank(schedule, **sizes)
+        mine = [stage for stage, rank in enumerate(places) if rank == mesh.pp.rank]
+        self.chunks = {stage: chunk_of(config, parts[stage], recompute, mesh) for stage in mine}
+        if len(mine) > 1 and {0, len(parts) - 1} <= set(mine):
+            self.chunks[mine[-1]].embed = self.chunks[0].embed
+        weights = WeightGradients()
+        for chunk in self.chunks.values():
+            install(chunk, weights)
+            if mesh.ep.size > 1:
+                use_exchanges(chunk, mesh.ep, config, recompute)
+        self.reduced: list[int] = []
+        self.schedule = PipelineSchedule(
+            self.chunks,
+            functools.cache(functools.partial(self._table, schedule, chunks, overlap)),
+            pp=mesh.pp,
+            loss_function=self._loss,
+            microbatch_size=microbatch_size,
+            weight_gradients=weights,
+            on_reduce=self.reduced.append,
+            overlap=overlap,
+        )
+        self._pp = mesh.pp.size
+
+    def _table(self, schedule: Schedule, chunks: int, overlap: bool, count: int) -> ActionTable:
+        return action_table(schedule, pp=self._pp, chunks=chunks, num_microbatches=count, overlap=overlap)
+
+    def _loss(self, output: ModelOutput, labels_BKS: Tensor, **scales: object) -> MicrobatchLoss:
+        head = self.chunks[max(self.chunks)].head
+        return Objective(head.weight)(output, labels_BKS, **scales)  # type: ignore[arg-type]
+
+    def step(self, batch: Batch) -> LocalSums:
+        return self.schedule.step(batch, mtp_weight=MTP_WEIGHT)
+
+
+Case = tuple[str, int, Recompute, bool]
+"""Schedule, sequences of the batch, recompute mode, overlap."""
+
+
+def run_cases(rank: int, config: ModelConfig, layout: Layout, cases: list[Case], chunks: int) -> list[object]:
+    mesh = build_mesh(layout, rank=rank)
+    results = []
+    for name, sequences, recompute, overlap in cases:
+        runner = RankSchedule(
+            config, mesh, Schedule(name), chunks=chunks, recompute=recompute, overlap=overlap
+        )
+        share = sequences // layout.dp
+        sums = runner.step(batch_of(sequences)[mesh.dp_rank * share :][:share])
+        assert sorted(runner.reduced) == sorted(runner.chunks)
+        found = gradients(runner.chunks.values(), mesh)
+        results.append((found, sums.loss_sums_K, sums.balance_loss, sums.loads))
+    return results
+
+
+def add_up(per_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for found in per_rank:
+        for name, tensor in found.items():
+            total[name] = total[name] + tensor if name in total else tensor
+    return total
+
+
+def check(config: ModelConfig, layout: Layout, cases: list[Case], *, chunks: int = 2) -> None:
+    """Run all cases in one set of processes and compare each with one process."""
+    per_rank = run_ranks(layout.world_size, run_cases, config, layout, cases, chunks)
+    for case, of_ranks in zip(cases, zip(*per_rank, strict=True), strict=True):
+        model, expected = one_process(config, batch_of(case[1]), 1)
+        ours = add_up([gradients for gradients, *_ in of_ranks])
+        wrong = {n: d for n, d in differences(ours, gradients([model])).items() if not d < TOLERANCE}
+        assert wrong == {}, case
+        losses_K = torch.stack([loss_sums_K for _, loss_sums_K, _, _ in of_ranks]).sum(0)
+        torch.testing.assert_close(losses_K.float(), expected.loss_sums_K, rtol=1e-6, atol=0)
+        balance = torch.stack([balance_loss for _, _, balance_loss, _ in of_ranks]).sum() / case[1]
+        torch.testing.assert_close(balance.float(), expected.balance_loss, rtol=1e-6, atol=0)
+        loads = add_up([loads for *_, loads in of_ranks])
+        assert torch.equal(torch.stack([loads[n] for n in moe_layer_names(config)]), expected.load_LE), case
+
+
+PLAIN = Recompute.none
+
+
+def test_two_ranks() -> None:
+    cases = [(name, count, PLAIN, False) for name in Schedule for count in (4, 6)]
+    cases += [("zbv", 4, recompute, False) for recompute in list(Recompute)[1:]]
+    check(config_of(4), Layout(pp=2), cases)
+
+
+def test_three_stages_per_rank() -> None:
+    cases = [(name, 4, PLAIN, False) for name in ("interleaved", "interleaved_zb")]
+    check(config_of(6), Layout(pp=2), cases, chunks=3)
+
+
+def test_four_ranks() -> None:
+    check(config_of(8), Layout(pp=4), [(name, 8, PLAIN, False) for name in Schedule])
+
+
+def test_experts_on_other_ranks_with_and_without_overlap() -> None:
+    """DualPipeV over two ranks, whose experts are spread over two processes each."""
+    cases = [("dualpipev", 8, recompute, True) for recompute in Recompute]
+    cases += [("dualpipev", 8, PLAIN, False), ("zbv", 8, Recompute.full, True)]
+    check(config_of(4), Layout(pp=2, dp_shard=2, ep=2), cases)
+
+
+def test_one_process_may_run_a_pipeline_of_one_rank() -> None:
+    """DualPipeV on one rank: nothing is sent, but forward and backward passes alternate."""
+    check(config_of(4), Layout(), [("dualpipev", 4, PLAIN, True), ("interleaved_zb", 4, PLAIN, False)])
+
+
+def test_steps_add_up_and_microbatches_may_differ_in_size() -> None:
+    config, batch = config_of(4), batch_of(5)
+    runner = RankSchedule(config, single_process(), Schedule.zbv, microbatch_size=2)
+    runner.step(batch)
+    runner.step(batch)
+    model, _ = one_process(config, batch, 5)
+    twice = {name: 2 * gradient for name, gradient in gradients([model]).items()}
+    assert max(differences(gradients(runner.chunks.values()), twice).values()) < TOLERANCE
+
+
+def test_without_mtp_tokens_its_depths_stay_out() -> None:
+    runner = RankSchedule(config_of(4), single_process(), Schedule.dualpipev, overlap=True)
+    batch = batch_of(2)
+    sums = runner.step(
+        replace(
+            batch,
+            tokens_BKS=batch.tokens_BKS[:, :1],
+            labels_BKS=batch.labels_BKS[:, :1],
+            valid_K=batch.valid_K[:1],
+        )
+    )
+    assert list(sums.loads) == ["layers.1", "layers.2", "layers.3"]
+    assert sums.loss_sums_K.shape == (1,)
+
+
+def test_an_error_names_rank_and_action() -> None:
+    runner = RankSchedule(config_of(4), single_process(), Schedule.zbv)
+    broken = batch_of(2)
+    broken.tokens_BKS[1] = 64  # one more than the vocabulary has
+    with pytest.raises(IndexError) as caught:
+        runner.step(broken)
+    assert caught.value.__notes__ == ["pipeline rank 0, action 0F1"]

@@ -1,0 +1,1 @@
+"""The gradient-parity matrix: every parallel layout against one process."""

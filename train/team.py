@@ -1,0 +1,82 @@
+"""The processes of a job as the trainer sees them: who leads, and how the others wait for the leader."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+
+from data.errors import DataError
+from parallel.groups import Group, Trace
+from parallel.process import Processes, join
+from parallel.watchdog import Watchdog
+from train.errors import RunError, exit_cleanly
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """This process among those of the job.
+
+    world: all of them; trace: of this process's collectives; watchdog: of its peers.
+    """
+
+    processes: Processes
+    device: torch.device
+    world: Group
+    trace: Trace
+    watchdog: Watchdog
+    _turns: Iterator[int] = field(default_factory=count)
+
+    @property
+    def leads(self) -> bool:
+        """Return whether this is the process that prints, logs, evaluates and reports."""
+        return self.processes.rank == 0
+
+    def lead(self, work: Callable[[], None]) -> None:
+        """Let the leader do `work` while the others wait for it, however long it takes.
+
+        They look into the store rather than wait in a collective, which would have to end in time. All
+        processes call this together; a mistake that the leader finds is raised on all.
+        """
+        turn = f"lead-{next(self._turns)}"
+        store = self.processes.store
+        if store is None:
+            work()
+        elif self.leads:
+            try:
+                work()
+            except (RunError, DataError) as error:
+                code = error.exit_code if isinstance(error, RunError) else None
+                store.set(turn, json.dumps({"error": str(error), "exit_code": code}))
+                raise
+            store.set(turn, json.dumps({}))
+        else:
+            while not store.check([turn]):
+                time.sleep(POLL_S)
+            outcome = json.loads(store.get(turn))
+            if "error" in outcome:
+                raise RunError(outcome["error"], exit_code=outcome["exit_code"] or 2)
+
+
+@contextmanager
+def assemble(environ: Mapping[str, str], *, device: torch.device, timeout_s: int) -> Iterator[Team]:
+    """Join the other processes of the job, watched, with its errors reported once; see parallel/process.py."""
+    trace = Trace()
+    with join(environ, device=device, timeout_s=timeout_s) as processes, exit_cleanly(processes):
+        watchdog = Watchdog(processes, trace=trace, timeout_s=timeout_s)
+        # without a handle of its own: the default group of torch.distributed
+        world = Group("world", range(processes.world_size), rank=processes.rank, trace=trace)
+        with watchdog, watchdog.guard():
+            yield Team(processes=processes, device=device, world=world, trace=trace, watchdog=watchdog)
+
+
+def alone(device: torch.device) -> Team:
+    """Return the team of one process."""
+    processes, trace = Processes(), Trace()
+    watchdog = Watchdog(processes, trace=trace, timeout_s=1.0)
+    return Team(processes=processes, device=device, world=Group("world"), trace=trace, watchdog=watchdog)
