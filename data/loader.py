@@ -24,7 +24,9 @@ class Batches:
     size of the last one; a wrong guess costs time, never the order of samples.
     """
 
-    def __init__(self, dataset: SampleSource, first_sample: int = 0, *, part: int = 0, parts: int = 1) -> None:
+    def __init__(
+        self, dataset: SampleSource, first_sample: int = 0, *, part: int = 0, parts: int = 1
+    ) -> None:
         self._dataset = dataset
         self._next_sample = first_sample
         self._part, self._parts = part, parts

@@ -54,7 +54,7 @@ class Slot:
         return flat[self.offset : self.end].view(self.shape)
 
     def stored(self, own: Tensor, first: int) -> Holding:
-        """Return what `own`, the bucket's elements from `first` on, holds of the parameter, for a checkpoint."""
+        """Return what `own`, the bucket's elements from `first` on, holds of the parameter."""
         start, stop = max(self.offset, first), min(self.end, first + own.numel())
         if (start, stop) == (self.offset, self.end) and self.share.count == 1:
             return own[start - first : stop - first].view(self.shape)
@@ -112,7 +112,7 @@ class Bucket:
         return self.reduction.shard.start_reduce_scatter(self.grad)
 
     def finish_reduce(self, pending: Pending) -> None:
-        """Put the summed gradients of the elements owned here in their place; the others are worthless then."""
+        """Put the summed gradients of the elements owned here in their place; the others are void."""
         total = pending.wait()
         if total is not self.grad:
             self.own_grad.copy_(total)

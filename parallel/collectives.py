@@ -74,7 +74,7 @@ def exchange(
 
 
 def gather_tokens(x_BsX: Tensor, group: Group) -> Tensor:
-    """Return [B, S, ...]: the tokens of every process, in rank order; the gradient is summed and scattered."""
+    """Return [B, S, ...]: the tokens of every process, in rank order; gradients are summed and scattered."""
     if group.size == 1:
         return x_BsX
     x_NBsX = all_gather_rows(x_BsX, group).unflatten(0, (group.size, -1))

@@ -10,7 +10,14 @@ from model.config import Recompute
 
 Schedule = StrEnum(
     "Schedule",
-    {name: name for name in ("gpipe", "1f1b", "interleaved", "interleaved_zb", "zbv", "dualpipev")},
+    {
+        "gpipe": "gpipe",
+        "1f1b": "1f1b",
+        "interleaved": "interleaved",
+        "interleaved_zb": "interleaved_zb",
+        "zbv": "zbv",
+        "dualpipev": "dualpipev",
+    },
 )
 """Pipeline schedules: GPipe (arXiv 1811.06965), 1F1B (2006.09503), interleaved 1F1B (2104.04473), interleaved
 zero bubble and ZBV (2401.10241), DualPipeV (2412.19437, section 3.2.1, folded into a V)."""

@@ -98,8 +98,8 @@ def build_part(
 ) -> Transformer:
     """Build this process's pieces of a part of the model, initialised; nothing larger is ever allocated.
 
-    Initial values are those of the whole model's parameters, whatever the layout. (Whole tensors are drawn one
-    at a time on the CPU.)
+    Initial values are those of the whole model's parameters, whatever the layout, because whole tensors are
+    drawn, one at a time, on the CPU.
     """
     with torch.device("meta"):
         model = Transformer(config, part=part, yarn=yarn, recompute=recompute, compute=compute)

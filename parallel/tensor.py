@@ -45,7 +45,7 @@ class TensorSplit:
 
 
 class VocabularyRows:
-    """Which rows of the embedding and of the head this rank holds; `model.kernels.cross_entropy` sums by it."""
+    """Which rows of embedding and head this rank holds: a `model.kernels.cross_entropy.VocabularySplit`."""
 
     def __init__(self, tp: Group, vocab_size: int) -> None:
         self._tp = tp
@@ -61,7 +61,7 @@ class VocabularyRows:
 
 
 class VocabularyLookup:
-    """The embedding of tokens whose rows lie on several ranks: zero for those that lie elsewhere, then summed.
+    """The embedding of tokens whose rows lie on several ranks: zero where they lie elsewhere, then summed.
 
     Args:
         rows: which rows are held here.

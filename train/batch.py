@@ -1,10 +1,10 @@
 """From the loader's token rows to the inputs, targets and counts of one optimizer step.
 
 Data-parallel ranks read different rows. Targets are shifted here, on whole sequences, before a sequence is
-split over context-parallel ranks, and counted over the whole global batch. Each row brings 1 + D tokens more than the sequence length, so every position of every MTP depth has its target
-(arXiv 2412.19437, section 2.2).
+split over context-parallel ranks, and counted over the whole global batch. Each row brings 1 + D tokens more
+than the sequence length, so every position of every MTP depth has its target (arXiv 2412.19437, section 2.2).
 
-Legend: B sequences of the global batch, S sequence length, D MTP depths, K = 1 + D, W = S + 1 + D.
+Legend: B sequences of this process, S sequence length, D MTP depths, K = 1 + D, W = S + 1 + D.
 """
 
 import numpy as np

@@ -22,8 +22,8 @@ from parallel.schedule import LocalSchedule, LossFunction, Schedule, WorldSchedu
 from parallel.tensor import TensorSplit, VocabularyRows
 from train.config import RunConfig, StageConfig
 from train.ema import Ema
+from train.engines.choose import build_engine
 from train.engines.engine import Engine
-from train.engines.zero1 import Zero1Engine
 from train.errors import RunError
 from train.loss import Objective
 from train.loss_scale import LossScale
@@ -50,9 +50,9 @@ class StageParts:
         return self.weights() | _named("optim.{}", self.engine.moments()) | _named("ema.{}", average)
 
     def all_biases(self, layers: Sequence[str]) -> Tensor:
-        """Return the router biases of layers of the whole model, FP32 [L, E]; all processes call this together.
+        """Return the router biases of layers of the whole model, FP32 [L, E].
 
-        One process of each pipeline rank contributes: the others hold the same.
+        All processes call this together; one of each pipeline rank contributes, its peers hold the same.
         """
         place, routers = self.mesh.place, self.model.routers()
         speaks = not any(place[axis] for axis in place if axis != "pp")
@@ -69,7 +69,7 @@ class StageParts:
 
 
 def build_stage(config: RunConfig, stage: StageConfig, *, device: torch.device, mesh: Mesh) -> StageParts:
-    """Build this process's parts of the model, engine and schedule of `stage`, initialised by `config.seed`."""
+    """Build this process's parts of model, engine and schedule of `stage`, initialised from `config.seed`."""
     layout = stage.parallel or config.parallel
     model = build_model(
         config.model,
@@ -83,7 +83,7 @@ def build_stage(config: RunConfig, stage: StageConfig, *, device: torch.device, 
     )
     for part in model.parts.values():
         part.train()
-    engine = Zero1Engine(model, config.optimizer)
+    engine = build_engine(model, config.optimizer, layout)
     scaling = config.precision.loss_scale if config.precision.compute is Compute.fp16 else None
     decay = config.optimizer.ema_decay
     return StageParts(
@@ -108,8 +108,9 @@ def build_schedule(model: ParallelModel, engine: Engine, config: RunConfig, stag
         install(part, later)
 
     def table(num_microbatches: int) -> ActionTable:
-        sizes = {"pp": layout.pp, "chunks": layout.chunks, "num_microbatches": num_microbatches}
-        return action_table(layout.schedule, **sizes)
+        return action_table(
+            layout.schedule, pp=layout.pp, chunks=layout.chunks, num_microbatches=num_microbatches
+        )
 
     passes = PipelineSchedule(
         model.parts,

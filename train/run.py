@@ -32,9 +32,9 @@ def run(config: RunConfig) -> None:
     keep_freed_memory()
     run_dir = Path(config.root) / config.name
     device = pick_device(config, local_rank=local_rank)
-    with assemble(os.environ, device=device, timeout_s=config.parallel.timeout_s) as team:
-        with _lock_of(run_dir, team):
-            _run(config, run_dir, team)
+    joined = assemble(os.environ, device=device, timeout_s=config.parallel.timeout_s)
+    with joined as team, _lock_of(run_dir, team):
+        _run(config, run_dir, team)
 
 
 @contextmanager
@@ -51,8 +51,7 @@ def _lock_of(run_dir: Path, team: Team) -> Iterator[None]:
 
 def _run(config: RunConfig, run_dir: Path, team: Team) -> None:
     console = Console(quiet=not team.leads)
-    if (source := config.data.prepare) is not None:
-        team.lead(lambda: prepare(source, tokenizer=config.data.tokenizer))
+    team.lead(lambda: _prepare(config))
     job = Job(config, run_dir, team)
     if not job.todo:
         last = list(config.stages)[-1]
@@ -64,6 +63,11 @@ def _run(config: RunConfig, run_dir: Path, team: Team) -> None:
     with StopRequest() as stop:
         job.train(stop, console)
     team.lead(lambda: _conclude(config, run_dir, console))
+
+
+def _prepare(config: RunConfig) -> None:
+    if config.data.prepare:
+        prepare(config.data.prepare, tokenizer=config.data.tokenizer)
 
 
 def _conclude(config: RunConfig, run_dir: Path, console: Console) -> None:

@@ -36,7 +36,7 @@ class StopRequest:
     def agreed(self, world: Group) -> str | None:
         """Return the name of a signal that any process has received, the same answer on all of them.
 
-        They call this together, because a signal may reach only some of them, or reach them at different steps.
+        They call this together, because a signal may reach only some, or reach them at different steps.
         """
         own = self.requested
         number = torch.tensor([signal.Signals[own] if own else 0], device=world.device)

@@ -65,7 +65,7 @@ class Team:
 
 @contextmanager
 def assemble(environ: Mapping[str, str], *, device: torch.device, timeout_s: int) -> Iterator[Team]:
-    """Join the other processes of the job, watched, with its errors reported once; see parallel/process.py."""
+    """Join the other processes of the job, watched; an error of all is reported once."""
     trace = Trace()
     with join(environ, device=device, timeout_s=timeout_s) as processes, exit_cleanly(processes):
         watchdog = Watchdog(processes, trace=trace, timeout_s=timeout_s)

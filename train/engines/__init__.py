@@ -1,1 +1,1 @@
-"""The optimizer engines: who sums gradients, holds optimizer state and its shards, and updates the weights."""
+"""The optimizer engines: who sums gradients, holds optimizer state, and updates the weights."""

@@ -1,7 +1,8 @@
-"""Layouts as short names, such as `pp2_dualpipev_ep2_tp2`: what they mean, and which ones are proved by default.
+"""Layouts as short names, such as `pp2_dualpipev_ep2_tp2`: what they mean, and which are proved by default.
 
 A name is degrees (dp2, tp4, cp2, ep2, pp2), in any order, with at most one schedule, one engine and options,
-joined by `_`. Data parallelism is as small as the others allow: `ep4` runs on four processes, `tp2_ep2` on two.
+joined by `_`. Data parallelism is as small as the others allow: `ep4` runs on four processes, `tp2_ep2` on
+two.
 """
 
 import re
@@ -73,8 +74,9 @@ def _with(parallel: ParallelConfig, word: str, name: str) -> ParallelConfig:
         case _:
             pass
     raise ValueError(
-        f"{name}: {word!r} is not understood; join degrees ({', '.join(f'{d}2' for d in DEGREES)}), a schedule "
-        f"({', '.join(SCHEDULES)}), an engine (zero1, deepspeed1..3) and options ({', '.join(OPTIONS)}) by '_'"
+        f"{name}: {word!r} is not understood; join degrees ({', '.join(f'{d}2' for d in DEGREES)}), "
+        f"a schedule ({', '.join(SCHEDULES)}), an engine (zero1, deepspeed1..3) and options "
+        f"({', '.join(OPTIONS)}) by '_'"
     )
 
 

@@ -1,8 +1,8 @@
 """The two optimizer steps that every layout has to repeat, and what is recorded of them.
 
-The model has everything that goes wrong in composed layouts: MTP, the sequence-wise balance loss, node-limited
-routing with its bias, shared experts, uneven numbers of targets per sequence, clipping that acts, and tokens
-routed unevenly. Everything is FP32, so that what is left of a difference is the order of summation.
+The model has everything that goes wrong in composed layouts: MTP, the sequence-wise balance loss,
+node-limited routing with its bias, shared experts, uneven numbers of targets per sequence, clipping that
+acts, and tokens routed unevenly. All is FP32, so that what is left of a difference is the order of summation.
 
 Legend: B sequences of the global batch, W = S + 1 + MTP depths tokens of a row.
 """

@@ -1,5 +1,6 @@
 """A small model cut into stages, a batch of unequal rows, and the gradients of one process."""
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -8,11 +9,17 @@ from torch import Tensor, nn
 from model.config import ModelConfig, Recompute
 from model.init import initialize
 from model.moe import MoE
-from model.transformer import Part, Transformer
+from model.transformer import ModelOutput, Part, Transformer
+from model.weight_gradients import WeightGradients, install
+from parallel.config import Schedule
 from parallel.expert import AllToAllDispatcher
 from parallel.groups import Group
 from parallel.mesh import Mesh, single_process
-from parallel.schedule import Batch, LocalSchedule, StepOutput
+from parallel.pipeline.actions import action_table
+from parallel.pipeline.executor import PipelineSchedule
+from parallel.pipeline.rules import num_stages, stage_to_rank
+from parallel.pipeline.table import ActionTable
+from parallel.schedule import Batch, LocalSchedule, LocalSums, MicrobatchLoss, StepOutput
 from parallel.sharding import Sharding, build_part
 from tests.model.small import relative, small
 from train.batch import IGNORED_LABEL, make_batch
@@ -56,6 +63,58 @@ def use_exchanges(model: nn.Module, ep: Group, config: ModelConfig, recompute: R
     for module in model.modules():
         if isinstance(module, MoE):
             module.dispatcher = AllToAllDispatcher(ep, config.moe.num_experts, recompute)
+
+
+class RankSchedule:
+    """The stages of one rank, and the schedule over them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        schedule: Schedule,
+        *,
+        chunks: int = 2,
+        microbatch_size: int = 1,
+        recompute: Recompute = Recompute.none,
+        overlap: bool = False,
+        ep: Group | None = None,
+    ) -> None:
+        ep = ep or mesh.ep
+        sizes = {"pp": mesh.pp.size, "chunks": chunks}
+        parts = parts_of(config, num_stages(schedule, **sizes))
+        places = stage_to_rank(schedule, **sizes)
+        mine = [stage for stage, rank in enumerate(places) if rank == mesh.pp.rank]
+        self.chunks = {stage: chunk_of(config, parts[stage], recompute, mesh) for stage in mine}
+        if len(mine) > 1 and {0, len(parts) - 1} <= set(mine):
+            self.chunks[mine[-1]].embed = self.chunks[0].embed
+        weights = WeightGradients()
+        for chunk in self.chunks.values():
+            install(chunk, weights)
+            if ep.size > 1:
+                use_exchanges(chunk, ep, config, recompute)
+        self.reduced: list[int] = []
+        self.schedule = PipelineSchedule(
+            self.chunks,
+            functools.cache(functools.partial(self._table, schedule, chunks, overlap)),
+            pp=mesh.pp,
+            loss_function=self._loss,
+            microbatch_size=microbatch_size,
+            weight_gradients=weights,
+            on_reduce=self.reduced.append,
+            overlap=overlap,
+        )
+        self._pp = mesh.pp.size
+
+    def _table(self, schedule: Schedule, chunks: int, overlap: bool, count: int) -> ActionTable:
+        return action_table(schedule, pp=self._pp, chunks=chunks, num_microbatches=count, overlap=overlap)
+
+    def _loss(self, output: ModelOutput, labels_BKS: Tensor, **scales: object) -> MicrobatchLoss:
+        head = self.chunks[max(self.chunks)].head
+        return Objective(head.weight)(output, labels_BKS, **scales)  # type: ignore[arg-type]
+
+    def step(self, batch: Batch) -> LocalSums:
+        return self.schedule.step(batch, mtp_weight=MTP_WEIGHT)
 
 
 def one_process(config: ModelConfig, batch: Batch, microbatch_size: int) -> tuple[Transformer, StepOutput]:

@@ -4,7 +4,6 @@ Gradients are compared one by one: a wrong one hides behind a right loss. The em
 and the last rank, or shared by two stages of one rank; here the test adds up the two copies.
 """
 
-import functools
 from dataclasses import replace
 
 import pytest
@@ -12,81 +11,21 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig, Recompute
-from model.transformer import ModelOutput, moe_layer_names
-from model.weight_gradients import WeightGradients, install
+from model.transformer import moe_layer_names
 from parallel.config import Schedule
 from parallel.layout import Layout
-from parallel.mesh import Mesh, build_mesh, single_process
-from parallel.pipeline.actions import action_table
-from parallel.pipeline.executor import PipelineSchedule
-from parallel.pipeline.rules import num_stages, stage_to_rank
-from parallel.pipeline.table import ActionTable
-from parallel.schedule import Batch, LocalSums, MicrobatchLoss
+from parallel.mesh import build_mesh, single_process
 from tests.distributed import run_ranks
 from tests.parallel.pipeline.models import (
-    MTP_WEIGHT,
+    RankSchedule,
     batch_of,
-    chunk_of,
     config_of,
     differences,
     gradients,
     one_process,
-    parts_of,
-    use_exchanges,
 )
-from train.loss import Objective
 
 TOLERANCE = 1e-5
-
-
-class RankSchedule:
-    """The stages of one rank, and the schedule over them."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        mesh: Mesh,
-        schedule: Schedule,
-        *,
-        chunks: int = 2,
-        microbatch_size: int = 1,
-        recompute: Recompute = Recompute.none,
-        overlap: bool = False,
-    ) -> None:
-        sizes = {"pp": mesh.pp.size, "chunks": chunks}
-        parts = parts_of(config, num_stages(schedule, **sizes))
-        places = stage_to_rank(schedule, **sizes)
-        mine = [stage for stage, rank in enumerate(places) if rank == mesh.pp.rank]
-        self.chunks = {stage: chunk_of(config, parts[stage], recompute, mesh) for stage in mine}
-        if len(mine) > 1 and {0, len(parts) - 1} <= set(mine):
-            self.chunks[mine[-1]].embed = self.chunks[0].embed
-        weights = WeightGradients()
-        for chunk in self.chunks.values():
-            install(chunk, weights)
-            if mesh.ep.size > 1:
-                use_exchanges(chunk, mesh.ep, config, recompute)
-        self.reduced: list[int] = []
-        self.schedule = PipelineSchedule(
-            self.chunks,
-            functools.cache(functools.partial(self._table, schedule, chunks, overlap)),
-            pp=mesh.pp,
-            loss_function=self._loss,
-            microbatch_size=microbatch_size,
-            weight_gradients=weights,
-            on_reduce=self.reduced.append,
-            overlap=overlap,
-        )
-        self._pp = mesh.pp.size
-
-    def _table(self, schedule: Schedule, chunks: int, overlap: bool, count: int) -> ActionTable:
-        return action_table(schedule, pp=self._pp, chunks=chunks, num_microbatches=count, overlap=overlap)
-
-    def _loss(self, output: ModelOutput, labels_BKS: Tensor, **scales: object) -> MicrobatchLoss:
-        head = self.chunks[max(self.chunks)].head
-        return Objective(head.weight)(output, labels_BKS, **scales)  # type: ignore[arg-type]
-
-    def step(self, batch: Batch) -> LocalSums:
-        return self.schedule.step(batch, mtp_weight=MTP_WEIGHT)
 
 
 Case = tuple[str, int, Recompute, bool]

@@ -1,0 +1,89 @@
+"""AdamW (arXiv 1711.05101) as an optimizer that DeepSpeed can call, on the flat FP32 tensors it makes.
+
+The arithmetic, the rules and the storage of the moments are those of train/optimizer.py. DeepSpeed calls `step`
+once for every flat tensor, so counting the updates is left to who drives it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.config import Moments, OptimizerConfig
+
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements updated together: temporaries are two chunks in FP32 where moments are BF16."""
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW with FP32 or BF16 moments, whose groups have `decay` and `lr_multiplier`.
+
+    `num_updates` counts the updates made, this one included while `step` runs.
+    """
+
+    num_updates: int
+
+    def __init__(self, groups: Sequence[dict[str, Any]], config: OptimizerConfig) -> None:
+        super().__init__(groups, {"lr": 0.0, "decay": True, "lr_multiplier": 1.0})
+        self._config = config
+        self._moment_type = torch.bfloat16 if config.moments is Moments.bf16 else torch.float32
+        self.num_updates = 0
+
+    def begin(self, flats: Sequence[Tensor]) -> None:
+        """Make the moments of the flat tensors that `step` will see, all zero."""
+        self._flats = list(flats)
+        for flat in flats:
+            self.state[flat] = {
+                name: torch.zeros_like(flat, dtype=self._moment_type, requires_grad=False)
+                for name in ("exp_avg", "exp_avg_sq")
+            }
+
+    def moments(self) -> dict[str, list[Tensor]]:
+        """Return the moments of the flat tensors, in their order, by name."""
+        return {name: [self.state[flat][name] for flat in self._flats] for name in ("exp_avg", "exp_avg_sq")}
+
+    def reset(self) -> None:
+        """Forget both moments, as at the start of a run."""
+        self.num_updates = 0
+        for flats in self.moments().values():
+            for moment in flats:
+                moment.zero_()
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next update; each group multiplies it by its factor."""
+        for group in self.param_groups:
+            group["lr"] = lr * group["lr_multiplier"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Update every tensor of the present groups from its FP32 `grad`."""
+        for group in self.param_groups:
+            for flat in group["params"]:
+                self._update(flat, self.state[flat], group)
+
+    def _update(self, flat: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        size = _CHUNK.get(flat.device.type, _CHUNK["cuda"])
+        count = torch.tensor(float(self.num_updates), device=flat.device)
+        for start in range(0, flat.numel(), size):
+            chunk = slice(start, start + size)
+            exp_avg, exp_avg_sq = state["exp_avg"][chunk], state["exp_avg_sq"][chunk]
+            wide_avg, wide_avg_sq = exp_avg.float(), exp_avg_sq.float()  # the moments themselves if FP32
+            torch._fused_adamw_(
+                [flat[chunk]],
+                [flat.grad[chunk]],
+                [wide_avg],
+                [wide_avg_sq],
+                [],
+                [count],
+                lr=group["lr"],
+                beta1=self._config.beta1,
+                beta2=self._config.beta2,
+                weight_decay=self._config.weight_decay if group["decay"] else 0.0,
+                eps=self._config.eps,
+                amsgrad=False,
+                maximize=False,
+            )
+            if wide_avg is not exp_avg:
+                exp_avg.copy_(wide_avg)
+                exp_avg_sq.copy_(wide_avg_sq)
