@@ -92,8 +92,12 @@ class AdamW:
     def reset(self) -> None:
         """Forget both moments, as at the start of a run."""
         self.num_updates = 0
-        for moment in (*self._exp_avg, *self._exp_avg_sq):
+        for moment in self.moment_tensors():
             moment.zero_()
+
+    def moment_tensors(self) -> list[Tensor]:
+        """Return the flat moments of all buckets."""
+        return [*self._exp_avg, *self._exp_avg_sq]
 
     def moments(self) -> dict[str, Holding]:
         """Return both moments by parameter, as views; who loads into them sets `num_updates` as well."""

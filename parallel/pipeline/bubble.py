@@ -2,7 +2,7 @@
 
 The clock knows the cost of a pass through one stage and that a pass waits for what it needs; transfers cost
 nothing. The formulas of the literature assume many microbatches and equal stages; where one does not describe
-a table, `formula` gives None rather than a number that looks like an answer.
+a table, `idle_formula` gives None rather than a number that looks like an answer.
 """
 
 from collections import deque
@@ -25,7 +25,8 @@ _Key = tuple[str, int, int]
 class Costs:
     """Time of a pass through one stage, in any unit; a full backward takes backward_input + backward_weight.
 
-    overlapped: of a forward and a full backward that hide each other's exchange; None for their sum.
+    overlapped: of a forward and a full backward that run together and hide each other's exchange; None where
+    they follow each other.
     """
 
     forward: float = 1.0

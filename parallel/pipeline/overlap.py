@@ -112,6 +112,7 @@ def _phases(
         dispatcher.dispatch_steps(normed_BSD.flatten(0, 1), routed.routing), tape, block.recompute
     )
     output = block.experts(routed, dispatched)
+    # cut as well: going back, the exchange then starts before the shared experts are differentiated
     shared_TD = None if output.shared_TD is None else tape.cut(output.shared_TD)[0]
     y_TD = yield from _drive(dispatcher.combine_steps(output.rows_RD, dispatched), tape, block.recompute)
     with saving(block.recompute):

@@ -9,7 +9,7 @@ first, each piece is differentiated when all gradients of its results are there:
     exchange   the collected gradients travel back first, and the pass gives up its turn meanwhile
     replay     the piece after the cut was run without a graph; it is run again, and then backwards
 
-Cut everything that a later piece uses in a differentiable way beyond the exchange. Gradients come out as from
+Cut whatever is used in a differentiable way on both sides of an exchange. Gradients come out as from
 one graph: the same operations, added up in the same order. A tape holds nodes of the graph, and tensors only
 where a replay needs its input, so cutting costs no memory.
 """
@@ -153,10 +153,8 @@ class Tape:
 
     def close(self, output: Tensor) -> None:
         """Note the result of the pass, whose gradient `backward` is given."""
-        self.cut(output)
-        cut = self._cuts[-1]
-        assert isinstance(cut, _PlainCut)
-        self._output = cut._slots[0]
+        self._output = _Slot(output)
+        self._cuts.append(_PlainCut([get_gradient_edge(output)], [self._output]))
 
     def backward(self, gradient: Tensor) -> Turns[Tensor | None]:
         """Differentiate the pass, last piece first; return the gradient of what `enter` was given."""
@@ -168,9 +166,9 @@ class Tape:
         while self._cuts:
             cut = self._cuts.pop()
             gradients = yield from cut.gradients()
-            pairs = [(e, g) for e, g in zip(cut.edges, gradients, strict=True) if g is not None]
-            if pairs:
-                torch.autograd.backward([edge for edge, _ in pairs], [gradient for _, gradient in pairs])
+            used = [(e, g) for e, g in zip(cut.edges, gradients, strict=True) if g is not None]
+            if used:
+                torch.autograd.backward([edge for edge, _ in used], [grad for _, grad in used])
         return None if self._input is None else self._input.gradient
 
     def _inlet(self, x: Tensor, slot: _Slot) -> Tensor:

@@ -6,6 +6,8 @@ decided here already. So the model, the schedules and the loss stay what they ar
 checkpoints of either engine load into the other.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 from torch import Tensor
@@ -21,6 +23,9 @@ from train.engines.deepspeed_stage12 import ShardedState
 from train.engines.deepspeed_start import Handles
 from train.engines.engine import Update
 from train.engines.flat_adamw import FlatAdamW
+
+_NORM_ELEMENTS = 1 << 22
+"""Gradients whose norm is taken at a time: in FP64, 32 MiB."""
 
 
 class DeepSpeedEngine:
@@ -73,6 +78,10 @@ class DeepSpeedEngine:
         """Return by parameter what tensors that are shaped like `masters` hold of it, as views."""
         return self._holdings(list(flats.values()), name="{}")
 
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """Return a context in which the parameters have all their values."""
+        return self._zero.whole_parameters()
+
     def moments(self) -> dict[str, Holding]:
         """Return AdamW's moments by parameter, as views."""
         held: dict[str, Holding] = {}
@@ -96,8 +105,9 @@ class DeepSpeedEngine:
     def _grad_norm(self) -> Tensor:
         """Return the L2 norm of the whole model's gradients as they are; FP32 scalar, equal on all processes."""
         squares = [
-            torch.linalg.vector_norm(flat, dtype=torch.float64).square() / group.reduction.replicate.size
+            torch.linalg.vector_norm(part, dtype=torch.float64).square() / group.reduction.replicate.size
             for flat, group in zip(self._gradients, self._groups, strict=True)
+            for part in flat.split(_NORM_ELEMENTS)  # each is copied to FP64
         ]
         return self._world.all_reduce(torch.stack(squares).sum()).sqrt().float()
 
@@ -112,8 +122,8 @@ def _stage(
     handles = Handles(first.device)
     offload = None
     if parallel.offload is Offload.cpu:
-        pinned = first.device.type == "cuda"
-        offload = DeepSpeedZeroOffloadOptimizerConfig(device="cpu", pin_memory=pinned)
+        settings = {"device": "cpu", "pin_memory": first.device.type == "cuda"}
+        offload = DeepSpeedZeroOffloadOptimizerConfig.model_validate(settings)
     common = (groups, optimizer, model.sharding, handles)
     if parallel.zero_stage == 3:
         (part,) = model.parts.values()

@@ -24,11 +24,7 @@ class ParameterGroup:
     named: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def for_optimizer(self) -> dict[str, Any]:
-        """Return the group as an optimizer takes it.
-
-        DeepSpeed sums "MoE" groups over processes of their own, found by the group's name; here that is said
-        of whatever is not summed over all data-parallel ranks alone.
-        """
+        """Return the group as an optimizer takes it; DeepSpeed finds its processes by its name."""
         return {
             "params": list(self.named.values()),
             "decay": self.rule.decay,

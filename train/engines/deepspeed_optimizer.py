@@ -10,11 +10,12 @@ it is over. DeepSpeed's own engine learns that from the loss which goes through 
 be always inside a pass, and finds the end of each from autograd.
 """
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor
 
 from train.engines.deepspeed_groups import Place
@@ -59,6 +60,15 @@ class ZeroStage(Protocol):
         """Write the masters to the parameters, on all processes."""
         ...
 
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """Return a context in which the parameters have all their values."""
+        ...
+
+
+def offloaded_gradients(flats: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients that DeepSpeed keeps beside masters in CPU memory."""
+    return [flat.grad for flat in flats if flat.grad is not None]
+
 
 def take_step(optimizer: Any, clip: Clip) -> None:
     """Let DeepSpeed clip the gradients by the norm that is given to it and step; see `Clip`."""
@@ -68,7 +78,7 @@ def take_step(optimizer: Any, clip: Clip) -> None:
     optimizer.step()
 
 
-def after_each_backward(optimizer: ZeROOptimizer) -> None:
+def after_each_backward(optimizer: Any) -> None:
     """Let the optimizer put away its gradients at the end of every backward pass from now on."""
 
     def end() -> None:

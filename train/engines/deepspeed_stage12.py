@@ -9,6 +9,7 @@ by all-reduce, and each process then takes its range.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
@@ -20,7 +21,13 @@ from parallel.bucket import Slot
 from parallel.mesh import Mesh
 from parallel.sharding import Sharding
 from train.engines.deepspeed_groups import ParameterGroup, Place
-from train.engines.deepspeed_optimizer import BUCKET_ELEMENTS, Clip, after_each_backward, take_step
+from train.engines.deepspeed_optimizer import (
+    BUCKET_ELEMENTS,
+    Clip,
+    after_each_backward,
+    offloaded_gradients,
+    take_step,
+)
 from train.engines.deepspeed_start import Handles
 from train.engines.flat_adamw import FlatAdamW
 
@@ -75,6 +82,7 @@ class ShardedState:
         )
         if shard_gradients:
             after_each_backward(self._zero)
+            self._accumulate_offloaded_in_fp32()
         else:
             for hook in self._zero._grad_acc_hooks:
                 hook.remove()  # a stage without work in the backward pass
@@ -99,14 +107,27 @@ class ShardedState:
         take_step(self._zero, clip)
         self._zero.zero_grad()
         if self._zero.cpu_offload:
-            for flat in self.flats:
-                flat.grad.zero_()
+            for gradient in (*offloaded_gradients(self.flats), *self._zero.accumulated_grads_in_cpu.values()):
+                gradient.zero_()
         if self._shards_gradients:
             self._zero.set_gradient_accumulation_boundary(False)
 
     def publish(self) -> None:
         """Write the masters to the parameters, on all processes."""
         self._zero.update_lp_params()
+
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: parameters are always whole."""
+        return nullcontext()
+
+    def _accumulate_offloaded_in_fp32(self) -> None:
+        """Make the buffers in CPU memory where passes add up; DeepSpeed's would have the weights' type."""
+        zero = self._zero
+        if not zero.cpu_offload:
+            return
+        for parameter in (p for parameters in zero.params_in_partition for p in parameters):
+            buffer = torch.zeros(parameter.numel(), pin_memory=zero.cpu_offload_pin_memory)
+            zero.accumulated_grads_in_cpu[zero.get_param_id(parameter)] = buffer
 
     def _complete_gradients(self) -> None:
         """Give each parameter a gradient: processes must agree on which ones they sum."""
@@ -122,7 +143,7 @@ class ShardedState:
         """Return a group's gradients owned here as one tensor, which is made the one that DeepSpeed uses."""
         zero = self._zero
         if zero.cpu_offload:
-            return self.flats[index].grad
+            return offloaded_gradients(self.flats)[index]
         pieces = zero.averaged_gradients[index]
         flat = getattr(pieces, "flat_partition", None)
         if flat is None:
@@ -155,5 +176,5 @@ def _mark_other_groups(
         others[over.name] = handles.of(over)
         of_optimizer["moe"] = True
         for parameter in group.named.values():
-            parameter.allreduce, parameter.group_name = False, over.name
+            vars(parameter).update(allreduce=False, group_name=over.name)
     return others

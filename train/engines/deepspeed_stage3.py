@@ -10,7 +10,9 @@ go afterwards. What the model does besides gets special treatment:
   hook lets DeepSpeed see the tensor in it.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -18,8 +20,10 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.utils import defragment
+from deepspeed.utils import logger
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
@@ -31,8 +35,14 @@ from model.transformer import Transformer
 from parallel.bucket import Slot
 from parallel.sharding import Sharding
 from train.engines.deepspeed_groups import ParameterGroup, Place
-from train.engines.deepspeed_optimizer import BUCKET_ELEMENTS, Clip, after_each_backward, take_step
-from train.engines.deepspeed_start import Handles, local_rank
+from train.engines.deepspeed_optimizer import (
+    BUCKET_ELEMENTS,
+    Clip,
+    after_each_backward,
+    offloaded_gradients,
+    take_step,
+)
+from train.engines.deepspeed_start import Handles
 from train.engines.flat_adamw import FlatAdamW
 
 
@@ -72,7 +82,9 @@ class ShardedWeights:
         offload: DeepSpeedZeroOffloadOptimizerConfig | None,
     ) -> None:
         self._groups = groups
-        self._names = {parameter: name for group in groups for name, parameter in group.named.items()}
+        self._names: dict[Any, str] = {
+            parameter: name for group in groups for name, parameter in group.named.items()
+        }
         self._shard_weights(model, sharding, handles)
         self._zero = _Optimizer(
             model,
@@ -90,6 +102,7 @@ class ShardedWeights:
             communication_data_type=torch.float32,
         )
         self._persist(model)
+        logger.addFilter(_is_news)
         for module in model.modules():
             if isinstance(module, Experts):
                 module.register_forward_pre_hook(_show_rows)
@@ -113,8 +126,8 @@ class ShardedWeights:
         # a weight without a gradient in the next step would keep that of this one
         self._zero.grad_partitions_flat_buffer.zero_()
         if self._zero.offload_optimizer:
-            for flat in self.flats:
-                flat.grad.zero_()
+            for gradient in offloaded_gradients(self.flats):
+                gradient.zero_()
         self._zero.set_gradient_accumulation_boundary(False)
 
     def publish(self) -> None:
@@ -124,22 +137,30 @@ class ShardedWeights:
             self._zero._reassign_or_swap_out_partitioned_parameters(index)
         self._gather_persistent()
 
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Gather the parameters that are not whole now, and let them go afterwards."""
+        sharded = [p for p in self._names if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        with deepspeed.zero.GatheredParameters(sharded):
+            yield
+
     def _shard_weights(self, model: Transformer, sharding: Sharding, handles: Handles) -> None:
         for group in self._groups:
             for parameter in group.named.values():
                 vars(parameter)["ds_zero_partition_process_group"] = handles.of(group.reduction.shard)
-        with local_rank(next(model.parameters()).device):
-            deepspeed.zero.Init(
-                module=model,
-                data_parallel_group=handles.of(sharding.mesh.dense.shard),
-                config_dict_or_path=_configuration(),
-            )
+        deepspeed.zero.Init(
+            module=model,
+            data_parallel_group=handles.of(sharding.mesh.dense.shard),
+            config_dict_or_path=_configuration(),
+        )
 
     def _persist(self, model: Transformer) -> None:
         modules = [m for m in model.modules() if isinstance(m, RMSNorm | Router)]
         for module in (*modules, model.head):
+            parameter: Any
             for parameter in module.parameters(recurse=False):
-                parameter.ds_persist = True
+                # the first alone is forgotten while DeepSpeed learns the order of modules
+                parameter.ds_persist = parameter.is_external_param = True
                 self._zero.persistent_parameters.append(parameter)
         self._gather_persistent()
 
@@ -150,7 +171,7 @@ class ShardedWeights:
     def _gradients(self) -> list[Tensor]:
         zero = self._zero
         if zero.offload_optimizer:
-            return [flat.grad for flat in self.flats]
+            return offloaded_gradients(self.flats)
         flats = list(zero.grad_partitions_flat_buffer.split(zero.fp16_partitioned_groups_flat_numel))
         zero.averaged_gradients = {index: [flat] for index, flat in enumerate(flats)}
         return flats
@@ -165,6 +186,11 @@ class ShardedWeights:
                 slot = Slot(name, 0, parameter.ds_shape, sharding.share(name))
                 places[name] = Place(slot=slot, flat=index, begin=end - length, end=end, first=rank * length)
         return places
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a message is not about the dataclasses among inputs and outputs, which are dealt with."""
+    return "unknown inputs or outputs type" not in record.getMessage()
 
 
 def _configuration() -> dict[str, Any]:

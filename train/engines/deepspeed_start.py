@@ -5,8 +5,8 @@ each `Group` goes through `Handles` before DeepSpeed sees it.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from typing import Any
 
 import deepspeed
 import deepspeed.comm
@@ -14,6 +14,11 @@ import torch
 import torch.distributed as dist
 
 from parallel.groups import Group
+
+with warnings.catch_warnings():
+    # DeepSpeed would import it at its first sum of gradients; with it comes torch's compiler, unused
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
 
 class Handles:
@@ -23,10 +28,21 @@ class Handles:
         if not dist.is_initialized():  # one process, started without a launcher
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # DeepSpeed asks the launcher's variables which device of this machine to use
+        place = {
+            "RANK": dist.get_rank(),
+            "WORLD_SIZE": dist.get_world_size(),
+            "LOCAL_RANK": device.index or 0,
+        }
+        for name, value in place.items():
+            os.environ.setdefault(name, str(value))
+        # of calls that DeepSpeed makes, also in hooks of a forward pass
+        calls = "`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated"
+        warnings.filterwarnings("ignore", message=calls, category=FutureWarning)
         # a shared-memory all-reduce that DeepSpeed would compile at this moment, for minutes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
-        self._alone: dist.ProcessGroup | None = None
+        self._alone: Any = None
 
     def of(self, group: Group) -> dist.ProcessGroup:
         """Return the process group of `group`; no other process needs to take part."""
@@ -35,17 +51,3 @@ class Handles:
         if self._alone is None:
             self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         return self._alone
-
-
-@contextmanager
-def local_rank(device: torch.device) -> Iterator[None]:
-    """Tell DeepSpeed which device of this machine to use: it asks the variable that torchrun sets."""
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(device.index or 0)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = before

@@ -1,5 +1,6 @@
 """What the trainer asks of an optimizer engine, whichever it is."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,6 +66,13 @@ class Engine(Protocol):
 
     def stored_like_masters(self, flats: dict[str, Tensor]) -> dict[str, Holding]:
         """Return by parameter what flat tensors that are shaped like `masters` hold of it, as views."""
+        ...
+
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """Return a context in which the model's parameters, which must not be written, have all their values.
+
+        All processes enter and leave it together.
+        """
         ...
 
     def moments(self) -> dict[str, Holding]:

@@ -63,6 +63,7 @@ class FlatAdamW(torch.optim.Optimizer):
                 self._update(flat, self.state[flat], group)
 
     def _update(self, flat: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        gradient: Any = flat.grad
         size = _CHUNK.get(flat.device.type, _CHUNK["cuda"])
         count = torch.tensor(float(self.num_updates), device=flat.device)
         for start in range(0, flat.numel(), size):
@@ -71,7 +72,7 @@ class FlatAdamW(torch.optim.Optimizer):
             wide_avg, wide_avg_sq = exp_avg.float(), exp_avg_sq.float()  # the moments themselves if FP32
             torch._fused_adamw_(
                 [flat[chunk]],
-                [flat.grad[chunk]],
+                [gradient[chunk]],
                 [wide_avg],
                 [wide_avg_sq],
                 [],

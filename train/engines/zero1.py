@@ -1,5 +1,7 @@
 """The default engine: flat buckets (parallel/zero1.py) under AdamW (train/optimizer.py)."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,10 @@ class Zero1Engine:
     def stored_like_masters(self, flats: dict[str, Tensor]) -> dict[str, Holding]:
         """Return by parameter what tensors that are shaped like `masters` hold of it, as views."""
         return self.buckets.stored(list(flats.values()), name="{}")
+
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: parameters are always whole."""
+        return nullcontext()
 
     def moments(self) -> dict[str, Holding]:
         """Return AdamW's moments by parameter, as views."""

@@ -84,13 +84,13 @@ class Record:
     biases: dict[str, Tensor]
 
 
-def run_config(parallel: ParallelConfig) -> RunConfig:
+def run_config(parallel: ParallelConfig, compute: Compute) -> RunConfig:
     """Return the configuration of the task under a layout."""
     return RunConfig(
         seed=3,
         device="cpu",
         model=MODEL,
-        precision=PrecisionConfig(compute=Compute.fp32),
+        precision=PrecisionConfig(compute=compute),
         parallel=parallel,
         optimizer=OPTIMIZER,
         stages={"parity": StageConfig(seq_len=SEQ_LEN, num_tokens=1)},
@@ -108,16 +108,19 @@ def token_rows(step: int) -> Tensor:
     return rows_BW
 
 
-def run_task(rank: int, layout: Layout, parallel: ParallelConfig) -> Record:
+def run_task(
+    rank: int, layout: Layout, parallel: ParallelConfig, compute: Compute = Compute.fp32
+) -> Record:
     """Take the steps as process `rank` of a layout; all its processes call this together."""
     mesh = build_mesh(layout, rank=rank)
-    config = run_config(parallel)
+    config = run_config(parallel, compute)
     parts = build_stage(config, config.stages["parity"], device=CPU, mesh=mesh)
     steps = [take_step(parts, config, step) for step in range(STEPS)]
-    parameters = {
-        name: _boxes_of_whole_share(parts, name, parameter.detach())
-        for name, parameter in parts.model.named_parameters().items()
-    }
+    with parts.engine.whole_parameters():
+        parameters = {
+            name: _boxes_of_whole_share(parts, name, parameter.detach())
+            for name, parameter in parts.model.named_parameters().items()
+        }
     biases = {name: router.bias.clone() for name, router in parts.model.routers().items()}
     return Record(steps=steps, parameters=parameters, biases=biases)
 

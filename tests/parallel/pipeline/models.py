@@ -11,7 +11,8 @@ from model.init import initialize
 from model.moe import MoE
 from model.transformer import ModelOutput, Part, Transformer
 from model.weight_gradients import WeightGradients, install
-from parallel.config import Schedule
+from parallel.apply import parallelize
+from parallel.config import ParallelConfig, Schedule
 from parallel.expert import AllToAllDispatcher
 from parallel.groups import Group
 from parallel.mesh import Mesh, single_process
@@ -21,6 +22,7 @@ from parallel.pipeline.rules import num_stages, stage_to_rank
 from parallel.pipeline.table import ActionTable
 from parallel.schedule import Batch, LocalSchedule, LocalSums, MicrobatchLoss, StepOutput
 from parallel.sharding import Sharding, build_part
+from parallel.tensor import TensorSplit, VocabularyRows
 from tests.model.small import relative, small
 from train.batch import IGNORED_LABEL, make_batch
 from train.loss import Objective
@@ -80,7 +82,6 @@ class RankSchedule:
         overlap: bool = False,
         ep: Group | None = None,
     ) -> None:
-        ep = ep or mesh.ep
         sizes = {"pp": mesh.pp.size, "chunks": chunks}
         parts = parts_of(config, num_stages(schedule, **sizes))
         places = stage_to_rank(schedule, **sizes)
@@ -91,7 +92,8 @@ class RankSchedule:
         weights = WeightGradients()
         for chunk in self.chunks.values():
             install(chunk, weights)
-            if ep.size > 1:
+            parallelize(chunk, mesh, ParallelConfig(recompute=recompute))
+            if ep is not None:
                 use_exchanges(chunk, ep, config, recompute)
         self.reduced: list[int] = []
         self.schedule = PipelineSchedule(
@@ -103,15 +105,22 @@ class RankSchedule:
             weight_gradients=weights,
             on_reduce=self.reduced.append,
             overlap=overlap,
+            tokens_per_share=mesh.tp.size,
         )
-        self._pp = mesh.pp.size
+        self._mesh = mesh
 
     def _table(self, schedule: Schedule, chunks: int, overlap: bool, count: int) -> ActionTable:
-        return action_table(schedule, pp=self._pp, chunks=chunks, num_microbatches=count, overlap=overlap)
+        sizes = {"pp": self._mesh.pp.size, "chunks": chunks, "num_microbatches": count}
+        return action_table(schedule, **sizes, overlap=overlap)
 
     def _loss(self, output: ModelOutput, labels_BKS: Tensor, **scales: object) -> MicrobatchLoss:
-        head = self.chunks[max(self.chunks)].head
-        return Objective(head.weight)(output, labels_BKS, **scales)  # type: ignore[arg-type]
+        chunk, tp = self.chunks[max(self.chunks)], self._mesh.tp
+        objective = Objective(
+            chunk.head.weight,
+            split=TensorSplit(tp, self._mesh.sequence),
+            vocabulary=VocabularyRows(tp, chunk.config.vocab_size) if tp.size > 1 else None,
+        )
+        return objective(output, labels_BKS, **scales)  # type: ignore[arg-type]
 
     def step(self, batch: Batch) -> LocalSums:
         return self.schedule.step(batch, mtp_weight=MTP_WEIGHT)

@@ -1,0 +1,68 @@
+"""Every layout of the default matrix repeats one process, gradient by gradient."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from model.config import Compute
+from parallel.config import ParallelConfig
+from parallel.forked import run_ranks
+from parallel.layout import Layout
+from train.parity.command import as_json, table
+from train.parity.compare import TOLERANCE, compare
+from train.parity.layouts import DEFAULT, parse
+from train.parity.task import STEPS, Record, run_task
+
+
+@pytest.fixture(scope="module")
+def reference() -> Record:
+    return run_task(0, Layout(), ParallelConfig())
+
+
+def test_the_task_has_what_goes_wrong(reference: Record) -> None:
+    """Uneven loads, biases that move, clipping that acts, all losses, and no gradient of zero."""
+    assert len(reference.steps) == STEPS == 2
+    for step in reference.steps:
+        assert len(step.loss_K) == 2
+        assert step.balance_loss > 0
+        assert step.grad_norm > 0.5
+        assert step.load_LE.float().std(1).min() > 1
+        for name, ((_, gradient),) in step.gradients.items():
+            assert gradient.abs().max() > 0, name
+    assert all(bias.abs().max() > 0 for bias in reference.biases.values())
+
+
+@pytest.mark.parametrize("name", DEFAULT)
+def test_a_layout_repeats_one_process(name: str, reference: Record) -> None:
+    layout = parse(name)
+    row = compare(name, run_ranks(layout.world_size, run_task, layout.layout, layout.parallel), reference)
+    assert row.passed, row
+    # routing is discrete: as long as no choice flips, counts and biases are equal to the last bit
+    assert row.load
+    assert row.bias == 0
+
+
+def test_one_process_is_itself(reference: Record, tmp_path: Path) -> None:
+    row = compare("dp1", [run_task(0, Layout(), ParallelConfig())], reference)
+    assert row.gradient.distance == row.parameter.distance == row.grad_norm == 0
+    written = json.loads(json.dumps(as_json([row])))
+    assert written["passed"] is True
+    assert written["rows"][0]["layout"] == "dp1"
+    assert table([row]).row_count == 1
+
+
+@pytest.mark.parametrize("name", ["dp4_replicate2", "pp2_1f1b", "pp2_dualpipev", "pp2_zbv_dp2"])
+def test_bf16_gradients_are_summed_in_fp32(name: str) -> None:
+    """These layouts leave each microbatch's own arithmetic alone, so BF16 has no excuse: only sums differ.
+
+    One step: afterwards a weight may round to another BF16 value. A sum in BF16 would be off by 2^-9.
+    """
+    layout = parse(name)
+    expected = run_task(0, Layout(), ParallelConfig(), Compute.bf16)
+    records = run_ranks(layout.world_size, run_task, layout.layout, layout.parallel, Compute.bf16)
+    first = [replace(record, steps=record.steps[:1]) for record in records]
+    row = compare(name, first, replace(expected, steps=expected.steps[:1]))
+    assert row.load
+    assert max(row.loss, row.balance_loss, row.grad_norm, row.gradient.distance) < TOLERANCE, row
