@@ -153,9 +153,15 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return x + the experts' output per token (communication, where experts live elsewhere)."""
         with saving(self.recompute):
-            y_BSD = self.moe.combine(output, dispatched).view(x_BSD.shape)
+            y_TD = self.moe.combine(output, dispatched)
+        return self.add(x_BSD, y_TD, routed.routing.balance_loss, balance_scale=balance_scale)
+
+    def add(self, x_BSD: Tensor, y_TD: Tensor, balance_loss: Tensor, *, balance_scale: float) -> Tensor:
+        """Return x + y, the output of all experts per token, with the balance loss attached."""
+        with saving(self.recompute):
+            y_BSD = y_TD.view(x_BSD.shape)
             if balance_scale:
-                y_BSD = attach_loss(y_BSD, routed.routing.balance_loss, balance_scale)
+                y_BSD = attach_loss(y_BSD, balance_loss, balance_scale)
             return x_BSD + self._drop(y_BSD)
 
     def _drop(self, x: Tensor) -> Tensor:

@@ -41,11 +41,14 @@ class MtpLayer(nn.Module):
         balance_scale: float = 0.0,
     ) -> BlockOutput:
         """Return the normalised hidden states of this depth, ready for the head, and the block's load."""
-        with saving(self.recompute):
-            joined_BSX = region(self.recompute, self._join, embedding_BSD, hidden_BSD)
-            x_BSD = self.eh_proj(joined_BSX)
+        x_BSD = self.join(embedding_BSD, hidden_BSD)
         output = self.block(x_BSD, table_BS2F, positions_BS, balance_scale=balance_scale)
         return output._replace(x_BSD=self.norm(output.x_BSD))
 
-    def _join(self, embedding_BSD: Tensor, hidden_BSD: Tensor) -> Tensor:
+    def join(self, embedding_BSD: Tensor, hidden_BSD: Tensor) -> Tensor:
+        """Return the input of the block, [B, S, D]."""
+        with saving(self.recompute):
+            return self.eh_proj(region(self.recompute, self._concatenate, embedding_BSD, hidden_BSD))
+
+    def _concatenate(self, embedding_BSD: Tensor, hidden_BSD: Tensor) -> Tensor:
         return torch.cat((self.enorm(embedding_BSD), self.hnorm(hidden_BSD)), dim=-1)

@@ -137,6 +137,10 @@ class Transformer(nn.Module):
                 layer(embedding_BSD, hidden_KBSD[-1], table_BS2F, positions_BS, balance_scale=balance_scale)
             )
             hidden_KBSD.append(outputs[-1].x_BSD)
+        return self.collect(hidden_KBSD, outputs)
+
+    def collect(self, hidden_KBSD: list[Tensor], outputs: list[BlockOutput]) -> ModelOutput:
+        """Return the output of this part from its last hidden states and what each block gave, in order."""
         return ModelOutput(hidden_KBSD, self._stack_load(outputs), self._sum_balance(outputs))
 
     def embeddings(self, tokens_BKS: Tensor) -> list[Tensor]:

@@ -4,8 +4,7 @@ Every process of the job runs this; the first one alone prints, prepares data, e
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -33,20 +32,9 @@ def run(config: RunConfig) -> None:
     run_dir = Path(config.root) / config.name
     device = pick_device(config, local_rank=local_rank)
     joined = assemble(os.environ, device=device, timeout_s=config.parallel.timeout_s)
-    with joined as team, _lock_of(run_dir, team):
+    with joined as team, ExitStack() as held:
+        team.lead(lambda: held.enter_context(only_process(run_dir)))
         _run(config, run_dir, team)
-
-
-@contextmanager
-def _lock_of(run_dir: Path, team: Team) -> Iterator[None]:
-    """Hold the lock of a run, which the leader takes for the whole job."""
-    lock = only_process(run_dir)
-    team.lead(lambda: lock.__enter__())
-    try:
-        yield
-    finally:
-        if team.leads:
-            lock.__exit__(None, None, None)
 
 
 def _run(config: RunConfig, run_dir: Path, team: Team) -> None:

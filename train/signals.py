@@ -62,7 +62,8 @@ class StopRequest:
         if interactive:
             # From now on the system itself ends the process: even where Python would wait for a thread.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if not repeated or interactive:
+        # one line for the whole job: a launcher sends the signal to every process
+        if os.environ.get("RANK", "0") == "0" and (not repeated or interactive):
             self._say(received, interactive)
 
     def _say(self, received: signal.Signals, interactive: bool) -> None:

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import torch
+from torch.distributed import Store
 
 from data.errors import DataError
 from parallel.groups import Group, Trace
 from parallel.process import Processes, join
 from parallel.watchdog import Watchdog
-from train.errors import RunError, exit_cleanly
+from train.errors import EXIT_BAD_INPUT, RunError, exit_cleanly
 
 POLL_S = 0.2
 
@@ -37,7 +39,7 @@ class Team:
         """Return whether this is the process that prints, logs, evaluates and reports."""
         return self.processes.rank == 0
 
-    def lead(self, work: Callable[[], None]) -> None:
+    def lead(self, work: Callable[[], object]) -> None:
         """Let the leader do `work` while the others wait for it, however long it takes.
 
         They look into the store rather than wait in a collective, which would have to end in time. All
@@ -48,19 +50,26 @@ class Team:
         if store is None:
             work()
         elif self.leads:
-            try:
-                work()
-            except (RunError, DataError) as error:
-                code = error.exit_code if isinstance(error, RunError) else None
-                store.set(turn, json.dumps({"error": str(error), "exit_code": code}))
-                raise
-            store.set(turn, json.dumps({}))
+            self._lead(work, store, turn)
         else:
             while not store.check([turn]):
                 time.sleep(POLL_S)
-            outcome = json.loads(store.get(turn))
-            if "error" in outcome:
-                raise RunError(outcome["error"], exit_code=outcome["exit_code"] or 2)
+            if mistake := json.loads(store.get(turn)):
+                raise RunError(mistake["error"], exit_code=mistake["exit_code"])
+
+    def _lead(self, work: Callable[[], object], store: Store, turn: str) -> None:
+        mistake: dict[str, Any] = {"error": "the leader failed; see what it printed", "exit_code": 1}
+        try:
+            work()
+            mistake = {}
+        except RunError as error:
+            mistake = {"error": str(error), "exit_code": error.exit_code}
+            raise
+        except DataError as error:
+            mistake = {"error": str(error), "exit_code": EXIT_BAD_INPUT}
+            raise
+        finally:
+            store.set(turn, json.dumps(mistake))
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from torch import Tensor
 
-from model.block import Block, BlockOutput, Routed, attach_loss
+from model.block import Block, BlockOutput, Routed
 from model.config import Recompute
 from model.dispatch import Dispatched
 from model.moe import MoE
 from model.mtp import MtpLayer
-from model.recompute import region, saving
+from model.recompute import saving
 from model.router import Routing
 from model.transformer import ModelOutput, Transformer
 from parallel.exchange import Steps
@@ -70,15 +70,13 @@ def in_phases(
         depth = _mtp_layer(cast(MtpLayer, layer), tape, embedding_BSD, hidden_KBSD[-1], around)
         outputs.append((yield from depth))
         hidden_KBSD.append(outputs[-1].x_BSD)
-    return ModelOutput(hidden_KBSD, chunk._stack_load(outputs), chunk._sum_balance(outputs))
+    return chunk.collect(hidden_KBSD, outputs)
 
 
 def _mtp_layer(
     layer: MtpLayer, tape: Tape, embedding_BSD: Tensor, hidden_BSD: Tensor, around: _Surroundings
 ) -> Turns[BlockOutput]:
-    with saving(layer.recompute):
-        x_BSD = layer.eh_proj(region(layer.recompute, layer._join, embedding_BSD, hidden_BSD))
-    output = yield from _block(layer.block, tape, x_BSD, around)
+    output = yield from _block(layer.block, tape, layer.join(embedding_BSD, hidden_BSD), around)
     return output._replace(x_BSD=layer.norm(output.x_BSD))
 
 
@@ -115,11 +113,8 @@ def _phases(
     # cut as well: going back, the exchange then starts before the shared experts are differentiated
     shared_TD = None if output.shared_TD is None else tape.cut(output.shared_TD)[0]
     y_TD = yield from _drive(dispatcher.combine_steps(output.rows_RD, dispatched), tape, block.recompute)
-    with saving(block.recompute):
-        y_BSD = (y_TD if shared_TD is None else y_TD + shared_TD).view(x_BSD.shape)
-        if around.balance_scale:
-            y_BSD = attach_loss(y_BSD, balance_loss, around.balance_scale)
-        x_BSD = x_BSD + block._drop(y_BSD)
+    y_TD = y_TD if shared_TD is None else y_TD + shared_TD
+    x_BSD = block.add(x_BSD, y_TD, balance_loss, balance_scale=around.balance_scale)
     return BlockOutput(x_BSD, routing.load_E, balance_loss.detach())
 
 

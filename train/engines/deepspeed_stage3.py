@@ -122,6 +122,7 @@ class ShardedWeights:
     def update(self, clip: Clip) -> None:
         """Clip, let the optimizer step, publish the weights, forget the gradients."""
         take_step(self._zero, clip)
+        self._gather_persistent()  # DeepSpeed leaves that out with a step that it skips
         self._zero.zero_grad()
         # a weight without a gradient in the next step would keep that of this one
         self._zero.grad_partitions_flat_buffer.zero_()
@@ -165,8 +166,9 @@ class ShardedWeights:
         self._gather_persistent()
 
     def _gather_persistent(self) -> None:
-        persistent = self._zero.persistent_parameters
-        persistent[0].all_gather(persistent)
+        sharded = [p for p in self._zero.persistent_parameters if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if sharded:
+            sharded[0].all_gather(sharded)
 
     def _gradients(self) -> list[Tensor]:
         zero = self._zero

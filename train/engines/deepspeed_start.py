@@ -39,8 +39,8 @@ class Handles:
         # of calls that DeepSpeed makes, also in hooks of a forward pass
         calls = "`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated"
         warnings.filterwarnings("ignore", message=calls, category=FutureWarning)
-        # a shared-memory all-reduce that DeepSpeed would compile at this moment, for minutes
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # one is a shared-memory all-reduce that DeepSpeed would compile at this moment, for minutes
+        vars(deepspeed.ops)["__compatible_ops__"] = dict[str, bool]()
         deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
         self._alone: Any = None
 

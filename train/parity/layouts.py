@@ -81,6 +81,7 @@ def _with(parallel: ParallelConfig, word: str, name: str) -> ParallelConfig:
 
 
 DEFAULT: tuple[str, ...] = (
+    "dp1",
     "dp2",
     "dp4",
     "dp4_replicate2",
@@ -113,4 +114,4 @@ DEFAULT: tuple[str, ...] = (
     "pp2_1f1b_dp2_ep2_deepspeed1",
     "pp2_dualpipev_dp2_ep2_deepspeed1",
 )
-"""What `python -m train.parity` proves: 2, 4 and 8 processes against one."""
+"""What `python -m train.parity` proves: 1, 2, 4 and 8 processes against one."""

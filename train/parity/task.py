@@ -108,9 +108,7 @@ def token_rows(step: int) -> Tensor:
     return rows_BW
 
 
-def run_task(
-    rank: int, layout: Layout, parallel: ParallelConfig, compute: Compute = Compute.fp32
-) -> Record:
+def run_task(rank: int, layout: Layout, parallel: ParallelConfig, compute: Compute = Compute.fp32) -> Record:
     """Take the steps as process `rank` of a layout; all its processes call this together."""
     mesh = build_mesh(layout, rank=rank)
     config = run_config(parallel, compute)
