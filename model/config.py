@@ -30,6 +30,24 @@ class Compute(StrEnum):
     fp16 = "fp16"
 
 
+class Gemm(StrEnum):
+    """What multiplies matrices inside the blocks; embedding, head, gate, norms and attention stay as they are."""
+
+    compute = "compute"
+    """The compute type."""
+    fp8_reference = "fp8_reference"
+    """Block-scaled FP8 (arXiv 2412.19437, section 3.3), emulated in plain torch."""
+
+
+class Fp8Scales(StrEnum):
+    """Which scales of FP8 blocks are powers of two rather than FP32 numbers."""
+
+    deepseek = "deepseek"
+    """The report's: inputs of attention's output projection, and what routed experts exchange (3.3.3)."""
+    power_of_two = "power_of_two"
+    """All of them, as in Transformer Engine's recipe."""
+
+
 @dataclass(kw_only=True, slots=True)
 class LossScaleConfig:
     """Dynamic loss scaling, used only when computing in FP16 (arXiv 1710.03740, section 3.2)."""
@@ -59,6 +77,8 @@ class PrecisionConfig:
     """Precision policy. Norm and gate weights, softmax, loss and master weights are FP32 whatever it says."""
 
     compute: Compute = Compute.bf16
+    gemm: Gemm = Gemm.compute
+    fp8_scales: Fp8Scales = Fp8Scales.deepseek  # without effect unless gemm is FP8
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
 
     def problems(self) -> list[str]:

@@ -6,6 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallel.layout import Layout
+from parallel.mesh import build_mesh
+from parallel.schedule import Batch
+from tests.distributed import run_ranks
 from train.batch import IGNORED_LABEL, make_batch
 
 CPU = torch.device("cpu")
@@ -23,8 +27,10 @@ def test_every_depth_is_shifted_by_its_index(num_sequences: int, seq_len: int, n
             assert batch.labels_BKS[b, k].tolist() == rows_BW[b, k + 1 : k + 1 + seq_len].tolist()
         assert batch.positions_BS[b].tolist() == list(range(seq_len))
     assert batch.valid_K.tolist() == [num_sequences * seq_len] * (1 + num_mtp_layers)
-    assert batch.num_sequences == num_sequences
-    assert batch.num_tokens == num_sequences * seq_len
+    assert batch.global_sequences == num_sequences
+    assert [len(part.labels_BKS) for part in batch.microbatches(2)] == [
+        min(2, num_sequences - start) for start in range(0, num_sequences, 2)
+    ]
 
 
 def test_ignored_tokens_are_no_targets_and_harmless_inputs() -> None:
@@ -34,6 +40,28 @@ def test_ignored_tokens_are_no_targets_and_harmless_inputs() -> None:
     assert batch.tokens_BKS[1].tolist() == [[5, 6, 7, 0], [6, 7, 0, 0]]
     assert batch.labels_BKS[1, 0].tolist() == [6, 7, IGNORED_LABEL, IGNORED_LABEL]
     assert batch.tokens_BKS.min() >= 0
+
+
+def part_of(rank: int, rows_BW: np.ndarray) -> Batch:
+    mesh = build_mesh(Layout(dp_shard=2, cp=2), rank=rank)
+    return make_batch(np.split(rows_BW, 2)[mesh.dp.rank], num_mtp_layers=1, device=CPU, mesh=mesh)
+
+
+def test_the_parts_of_all_processes_are_the_batch() -> None:
+    """Two data-parallel ranks with unequal numbers of targets; each sequence on two context-parallel ranks."""
+    rows_BW = np.arange(4 * 10).reshape(4, 10)
+    rows_BW[1, 6:] = rows_BW[3, 3:] = IGNORED_LABEL
+    whole = make_batch(rows_BW, num_mtp_layers=1, device=CPU)
+    parts = run_ranks(4, part_of, rows_BW)
+    for rank, part in enumerate(parts):
+        dp, cp = divmod(rank, 2)
+        places = [0, 1, 6, 7] if cp == 0 else [2, 3, 4, 5]  # zigzag: chunks 0 and 3, or 1 and 2
+        sequences = slice(2 * dp, 2 * dp + 2)
+        assert torch.equal(part.tokens_BKS, whole.tokens_BKS[sequences][..., places])
+        assert torch.equal(part.labels_BKS, whole.labels_BKS[sequences][..., places])
+        assert torch.equal(part.positions_BS, whole.positions_BS[sequences][..., places])
+        assert torch.equal(part.valid_K, whole.valid_K)
+        assert part.global_sequences == 4
 
 
 def test_the_loaders_rows_are_not_written_to() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.golden.compose import compose_run
 from tests.train.tiny_job import overrides
-from train.errors import RunError
+from train.errors import EXIT_BAD_INPUT, RunError
 from train.run import run
 from train.run_lock import only_process
 
@@ -38,8 +38,10 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
         assert not run_dir.exists()
 
 
-def test_the_command_takes_the_lock(tmp_path):
+def test_the_command_takes_the_lock(tmp_path, capsys):
     config = compose_run(*overrides(tmp_path))
-    with only_process(tmp_path / "tiny"), pytest.raises(RunError, match="another process works on"):
+    with only_process(tmp_path / "tiny"), pytest.raises(SystemExit) as left:
         run(config)
+    assert left.value.code == EXIT_BAD_INPUT
+    assert "another process works on" in capsys.readouterr().err
     assert not (tmp_path / "tiny").exists()

@@ -10,6 +10,7 @@ by all-reduce, and each process then takes its range.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from weakref import finalize
 
 import torch
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
@@ -80,6 +81,8 @@ class ShardedState:
             partition_grads=shard_gradients,
             parameter_alignment=True,
         )
+        # hooks on parameters hold the optimizer, which holds the parameters; no collector sees through hooks
+        finalize(self, self._zero.destroy).atexit = False
         if shard_gradients:
             after_each_backward(self._zero)
             self._accumulate_offloaded_in_fp32()

@@ -16,11 +16,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
+from weakref import finalize
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.utils import defragment
 from deepspeed.utils import logger
@@ -101,6 +104,7 @@ class ShardedWeights:
             gradient_accumulation_dtype=torch.float32,
             communication_data_type=torch.float32,
         )
+        finalize(self, _forget, self._zero, model).atexit = False
         self._persist(model)
         logger.addFilter(_is_news)
         for module in model.modules():
@@ -188,6 +192,14 @@ class ShardedWeights:
                 slot = Slot(name, 0, parameter.ds_shape, sharding.share(name))
                 places[name] = Place(slot=slot, flat=index, begin=end - length, end=end, first=rank * length)
         return places
+
+
+def _forget(optimizer: _Optimizer, model: Transformer) -> None:
+    """Take a model out of what DeepSpeed would keep as long as the process lives: hooks, a list, a cache."""
+    optimizer.destroy()
+    FWD_MODULE_STACK.remove(model)
+    cached: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    cached.__wrapped__.cache_clear()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -1,9 +1,10 @@
 """The deepspeed engine against the default one, on the same model, data and rules; each rank runs here."""
 
+import gc
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from parallel.config import Engine, Offload, ParallelConfig
 from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
 from parallel.pieces import Holding, Pieces
+from parallel.schedule import Batch
 from tests.distributed import run_ranks
 from train.batch import make_batch
 from train.build import StageParts, build_stage
 from train.checkpoints.storage import load_tensors, save_tensors
 from train.config import Moments, RunConfig
-from train.parity.task import CPU, DEPTHS, MODEL, OPTIMIZER, SEQ_LEN, boxes_of, run_config, token_rows
+from train.parity.task import CPU, DEPTHS, MODEL, OPTIMIZER, boxes_of, run_config, token_rows
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import train.engines.deepspeed  # noqa: E402, F401  # once, here, instead of in every process that is started
+import train.engines.deepspeed  # noqa: F401  # here, not in every process that is started
+from train.engines.deepspeed_optimizer import BUCKET_ELEMENTS
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = replace(MODEL, num_layers=2)
@@ -49,12 +52,14 @@ def build(mesh: Mesh, config: RunConfig) -> StageParts:
     return build_stage(config, config.stages["parity"], device=CPU, mesh=mesh)
 
 
+def batch_of(mesh: Mesh, step: int) -> Batch:
+    rows_BW = token_rows(step).chunk(mesh.dp.size)[mesh.dp.rank]
+    return make_batch(rows_BW, num_mtp_layers=DEPTHS, device=CPU, mesh=mesh)
+
+
 def passes(parts: StageParts, step: int = 0, *, loss_scale: float = 1.0) -> None:
     """Run the forward and backward passes of a step and sum its gradients."""
-    mesh = parts.mesh
-    rows_BW = token_rows(step).chunk(mesh.dp.size)[mesh.dp.rank]
-    batch = make_batch(rows_BW, num_mtp_layers=DEPTHS, device=CPU, mesh=mesh)
-    parts.schedule.step(batch, mtp_weight=0.3, loss_scale=loss_scale)
+    parts.schedule.step(batch_of(parts.mesh, step), mtp_weight=0.3, loss_scale=loss_scale)
     parts.engine.reduce()
 
 
@@ -254,10 +259,10 @@ def test_a_step_left_out_changes_nothing_and_leaves_nothing() -> None:
 
 
 def scaled(rank: int) -> list[float]:
-    """Return how far a loss scale of 1024, exact in FP32, moves norm and state at each stage."""
+    """Return how far a loss scale of 1024, exact in FP32, moves norm and state."""
     mesh = build_mesh(DP2, rank=rank)
     found = []
-    for parallel in STAGES.values():
+    for parallel in (STAGES[1], STAGES[3]):
         plain, large = build(mesh, config_of(parallel)), build(mesh, config_of(parallel))
         passes(plain)
         passes(large, loss_scale=1024.0)
@@ -270,39 +275,77 @@ def test_a_loss_scale_is_divided_out() -> None:
     assert max(run_ranks(2, scaled)[0]) <= 5e-6
 
 
-def recomputed(rank: int) -> list[str]:
+def recomputed(rank: int) -> list[float]:
+    """Return how far the gradients of each mode are from those without recomputation."""
     mesh = build_mesh(DP2, rank=rank)
-    reference = two_steps(mesh, config_of(ZERO1, Compute.fp32))
-    wrong = []
-    for recompute in Recompute:
-        mine = two_steps(mesh, config_of(replace(STAGES[3], recompute=recompute), Compute.fp32))
-        if not distance(mine[2], reference[2]) <= 5e-6:
-            wrong.append(recompute)
-    return wrong
+    gradients = []
+    for parallel in (ZERO1, *(replace(STAGES[3], recompute=r) for r in Recompute if r is not Recompute.none)):
+        parts = build(mesh, config_of(parallel))
+        passes(parts)
+        gradients.append(whole(parts.engine.gradients()))
+    return [distance(mine, gradients[0]) for mine in gradients[1:]]
 
 
 def test_stage_3_fetches_weights_for_recomputation() -> None:
-    assert run_ranks(2, recomputed) == [[], []]
+    assert max(run_ranks(2, recomputed)[0]) <= 5e-6
 
 
 # Memory
 
 
-def held(rank: int, parallel: ParallelConfig) -> dict[str, int]:
-    """Return the bytes that a step leaves on this process, and those of its gradients once passes are done."""
+def live_bytes(parts: list[StageParts]) -> int:
+    """Return the bytes of all tensors of this process, gradients of parameters included."""
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    for part in parts:
+        tensors += [p.grad for p in part.model.named_parameters().values() if p.grad is not None]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def memory(rank: int, parallel: ParallelConfig) -> tuple[list[int], list[int], list[str]]:
+    """Return what a process holds and should hold, and experts that stayed whole in a backward pass.
+
+    What it holds: weights and optimizer state between steps, gradients after the passes of one.
+    """
     mesh = build_mesh(DP2, rank=rank)
+    batch = batch_of(mesh, 1)
+    before = live_bytes([])
     parts = build(mesh, config_of(parallel))
+    named = parts.model.named_parameters()
+    sizes = {
+        name: (math.prod(getattr(p, "ds_shape", p.shape)), p.element_size()) for name, p in named.items()
+    }
     passes(parts)
     update(parts)
-    after = live_bytes()
-    rows = token_rows(1).chunk(2)[rank]
-    batch = make_batch(rows, num_mtp_layers=DEPTHS, device=CPU, mesh=mesh)
+    state = live_bytes([parts]) - before
+
+    experts = {name: parameter for name, parameter in named.items() if ".experts." in name}
+    whole_experts: list[str] = []
+    named["layers.0.attn_norm.weight"].register_post_accumulate_grad_hook(
+        lambda parameter: whole_experts.extend(name for name, p in experts.items() if p.numel())
+    )
     parts.schedule.step(batch, mtp_weight=0.3)
-    return {"state": after, "gradients": live_bytes() - after}
+    gradients = live_bytes([parts]) - before - state
+    return [state, gradients], planned(sizes, parallel.zero_stage), whole_experts
 
 
-def test_what_a_process_holds_is_what_is_planned() -> None:
-    pass
+def planned(sizes: dict[str, tuple[int, int]], stage: int) -> list[int]:
+    """Return the bytes of weights and optimizer state, and of gradients, from elements and bytes of each."""
+    count = sum(count for count, _ in sizes.values())
+    optimizer, weights = (4 + 4 + 4) * count // 2, sum(count * width for count, width in sizes.values())
+    if stage < 3:
+        return [weights + optimizer, 4 * count // stage]
+    kept = ("head.weight", "norm.weight", ".gate.weight")
+    kept_whole = sum(c * width for name, (c, width) in sizes.items() if name.endswith(kept))
+    return [weights // 2 + kept_whole + optimizer + 4 * count // 2 + 4 * BUCKET_ELEMENTS, 0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_process_holds_its_share_and_no_more(stage: int) -> None:
+    for held, expected, whole_experts in run_ranks(2, memory, STAGES[stage]):
+        largest = 8192  # stage 2 keeps the whole gradient of a weight of which it owns a part
+        assert held == pytest.approx(expected, rel=0.01, abs=largest)
+        assert (whole_experts == []) == (stage == 3)
 
 
 def test_the_default_engine_does_not_load_deepspeed() -> None:
