@@ -159,7 +159,10 @@ def _decode(x: Quantized, dtype: torch.dtype) -> Tensor:
     scales_NIcI = x.scales.reshape(num_blocks, 1, codes_NHcW.shape[2], 1)
     out_NHcW = codes_NHcW.new_empty(codes_NHcW.shape, dtype=dtype)
     size = (scratch_rows(num_blocks, width), *codes_NHcW.shape[1:])
-    bits, values = codes_NHcW.new_empty(size, dtype=torch.int16), codes_NHcW.new_empty(size, dtype=torch.float32)
+    bits, values = (
+        codes_NHcW.new_empty(size, dtype=torch.int16),
+        codes_NHcW.new_empty(size, dtype=torch.float32),
+    )
     for part in row_blocks(num_blocks, width):
         codes_nHcW = codes_NHcW[part]
         bits_nHcW = bits[: len(codes_nHcW)].copy_(codes_nHcW)  # the sign is extended to the left

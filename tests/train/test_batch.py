@@ -48,7 +48,7 @@ def part_of(rank: int, rows_BW: np.ndarray) -> Batch:
 
 
 def test_the_parts_of_all_processes_are_the_batch() -> None:
-    """Two data-parallel ranks with unequal numbers of targets; each sequence on two context-parallel ranks."""
+    """Two data-parallel ranks with unequal counts of targets, two context-parallel ones per sequence."""
     rows_BW = np.arange(4 * 10).reshape(4, 10)
     rows_BW[1, 6:] = rows_BW[3, 3:] = IGNORED_LABEL
     whole = make_batch(rows_BW, num_mtp_layers=1, device=CPU)

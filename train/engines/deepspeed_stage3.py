@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import getclosurevars
 from itertools import accumulate
 from typing import Any
 from weakref import finalize
@@ -198,8 +199,8 @@ def _forget(optimizer: _Optimizer, model: Transformer) -> None:
     """Take a model out of what DeepSpeed would keep as long as the process lives: hooks, a list, a cache."""
     optimizer.destroy()
     FWD_MODULE_STACK.remove(model)
-    cached: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
-    cached.__wrapped__.cache_clear()
+    method: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    getclosurevars(method).nonlocals["func"].cache_clear()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

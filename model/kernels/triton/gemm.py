@@ -73,6 +73,7 @@ def scaled_product(
     K: tl.tensor,
     first: tl.tensor,
     last: tl.tensor,
+    b_block: tl.tensor,
     B_BLOCKS: tl.constexpr,
 ) -> tl.tensor:
     """Add to acc [BLOCK_M, BLOCK_N] what tiles first .. last - 1 of K of these rows of a and b give.
@@ -84,16 +85,19 @@ def scaled_product(
     b_base = b_ptr + b_row.to(tl.int64)[None, :] * K
     a_scale_base = a_scales_ptr + a_row.to(tl.int64) * tiles
     if B_BLOCKS:
-        b_scale_base = b_scales_ptr + (b_row // _TILE).to(tl.int64) * tiles
+        b_scale_base = b_scales_ptr + b_block.to(tl.int64) * tiles
     else:
         b_scale_base = b_scales_ptr + b_row.to(tl.int64) * tiles
-    for tile in tl.range(first, last):
+    for tile in range(first, last):  # type: ignore[arg-type]
         depth = tile * _TILE + tl.arange(0, _TILE)
         a = tl.load(a_base + depth[None, :], mask=depth[None, :] < K, other=0.0)
         b = tl.load(b_base + depth[:, None], mask=depth[:, None] < K, other=0.0)
         a_scale = tl.load(a_scale_base + tile)
         b_scale = tl.load(b_scale_base + tile)
-        acc += tl.dot(a, b) * (a_scale[:, None] * b_scale[None, :])
+        if B_BLOCKS:
+            acc += tl.dot(a, b) * (a_scale * b_scale)[:, None]
+        else:
+            acc += tl.dot(a, b) * a_scale[:, None] * b_scale[None, :]
     return acc
 
 
@@ -124,8 +128,9 @@ def gemm_kernel(
         tl.minimum(row, M - 1),
         tl.minimum(column, N - 1),
         K,
-        0,
+        0,  # type: ignore[arg-type]
         tl.cdiv(K, _TILE),
+        j * BLOCK_N // _TILE,
         B_BLOCKS,
     )
     store_tile(out_ptr, acc, row, column, M, N)
@@ -138,7 +143,7 @@ def store_tile(
     """Store a tile of [.., N] in the type of `out`, rows below `end` only."""
     inside = (row < end)[:, None] & (column < N)[None, :]
     address = out_ptr + row.to(tl.int64)[:, None] * N + column[None, :]
-    tl.store(address, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(address, acc, mask=inside)
 
 
 def block_scaled_mm(a_MK: Quantized, b_NK: Quantized, *, dtype: torch.dtype) -> Tensor:
@@ -181,7 +186,7 @@ def launch(kernel: Any, configs: Sequence[triton.Config], grid: Any, *arguments:
     if INTERPRETED:
         kernel.fn[grid](*arguments, **configs[0].kwargs)
     else:
-        # one rounding for the promotion's product and sum: as exact, and half of the work outside tensor cores
+        # one instruction, and one rounding, for each product and sum of the promotion
         kernel[grid](*arguments, enable_fp_fusion=True)
 
 

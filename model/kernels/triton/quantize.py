@@ -210,22 +210,22 @@ def blocks_kernel(
 
 def quantize_rows(x_RD: Tensor, *, power_of_two: bool) -> Quantized:
     """Return x, FP32, BF16 or FP16, in 1×128 tiles."""
-    rows = empty_tiles(x_RD, *_size(x_RD), power_of_two)
+    rows = empty_tiles(x_RD, *x_RD.shape, power_of_two=power_of_two)
     _launch_tiles(x_RD, rows, rows, True, False)
     return rows
 
 
 def quantize_both(x_RD: Tensor, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
     """Return x in 1×128 and in 128×1 tiles, from one read; the latter as a view of transposed memory."""
-    rows = empty_tiles(x_RD, *_size(x_RD), power_of_two)
-    columns = empty_tiles(x_RD, *_size(x_RD)[::-1], power_of_two)
+    rows = empty_tiles(x_RD, *x_RD.shape, power_of_two=power_of_two)
+    columns = empty_tiles(x_RD, *reversed(x_RD.shape), power_of_two=power_of_two)
     _launch_tiles(x_RD, rows, columns, True, True)
     return rows, columns.T
 
 
 def quantize_columns(x_RD: Tensor, *, power_of_two: bool) -> Quantized:
     """Return x in 128×1 tiles, a view of transposed memory."""
-    columns = empty_tiles(x_RD, *_size(x_RD)[::-1], power_of_two)
+    columns = empty_tiles(x_RD, *reversed(x_RD.shape), power_of_two=power_of_two)
     _launch_tiles(x_RD, columns, columns, False, True)
     return columns.T
 
@@ -236,7 +236,7 @@ def requantize_columns(x_RD: Quantized) -> Quantized:
     Values are decoded in FP32 and quantised again; with power-of-two scales decoding is exact.
     """
     rows, width = x_RD.codes.shape
-    columns = empty_tiles(x_RD.codes, width, rows, x_RD.power_of_two)
+    columns = empty_tiles(x_RD.codes, width, rows, power_of_two=x_RD.power_of_two)
     tensors = (x_RD.codes, x_RD.scales, columns.codes, columns.scales)
     launch(requantize_kernel, squares(rows, width), *tensors, rows, width, x_RD.power_of_two)
     return columns.T
@@ -261,7 +261,7 @@ def quantize_blocks(w_EOD: Tensor, *, power_of_two: bool) -> tuple[Quantized, Qu
     return plain, transposed
 
 
-def empty_tiles(like: Tensor, rows: int, width: int, power_of_two: bool) -> Quantized:
+def empty_tiles(like: Tensor, rows: int, width: int, *, power_of_two: bool) -> Quantized:
     """Return memory for [rows, width] in 1×128 tiles."""
     codes = like.new_empty(rows, width, dtype=torch.float8_e4m3fn)
     scales = like.new_empty(rows, triton.cdiv(width, BLOCK), dtype=torch.float32)
@@ -286,10 +286,5 @@ def _launch_tiles(
     x_RD: Tensor, rows: Quantized, columns: Quantized, want_rows: bool, want_columns: bool
 ) -> None:
     tensors = (x_RD, rows.codes, rows.scales, columns.codes, columns.scales)
-    size = _size(x_RD)
-    launch(tiles_kernel, squares(*size), *tensors, *size, want_rows, want_columns, rows.power_of_two)
-
-
-def _size(x_RD: Tensor) -> tuple[int, int]:
-    rows, width = x_RD.shape
-    return rows, width
+    squares_of_x, size = squares(*x_RD.shape), tuple(x_RD.shape)
+    launch(tiles_kernel, squares_of_x, *tensors, *size, want_rows, want_columns, rows.power_of_two)

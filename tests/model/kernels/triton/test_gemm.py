@@ -1,0 +1,76 @@
+"""FP8 products in Triton: interpreted, against products of decoded operands; compiled for both targets."""
+
+import pytest
+import torch
+
+from model.kernels import fp8
+from model.kernels.triton import gemm, quantize
+from tests.model.kernels.compare import relative_error
+from tests.model.kernels.triton.ahead_of_time import TARGETS, Variant
+from tests.model.kernels.triton.catalogue import products
+from tests.model.kernels.triton.checks import check_compiled
+from tests.model.kernels.triton.conftest import Interpret
+
+
+def check(a: fp8.Quantized, b: fp8.Quantized) -> None:
+    """Compare a bᵀ with the product in FP64 of what the codes and scales stand for."""
+    expected = a.dequantize().double() @ b.dequantize().double().T
+    out = gemm.block_scaled_mm(a, b, dtype=torch.float32)
+    assert out.dtype == torch.float32
+    assert relative_error(out, expected) <= 1e-6
+    rounded = gemm.block_scaled_mm(a, b, dtype=torch.bfloat16)
+    assert torch.equal(rounded, out.bfloat16())
+
+
+def check_linear(rows: int, width: int, outputs: int, power_of_two: bool) -> None:
+    """Compare the three products of a linear layer, of whose channels and tokens some are outliers."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, width, generator=generator)
+    x[:, width // 2] *= 100
+    w = torch.randn(outputs, width, generator=generator).mul(0.02)
+    dy = torch.randn(rows, outputs, generator=generator)
+    dy[rows // 2] *= 1000
+    x_rows, x_columns = quantize.quantize_both(x, power_of_two=power_of_two)
+    dy_rows, dy_columns = quantize.quantize_both(dy, power_of_two=power_of_two)
+    w_blocks, w_transposed = quantize.quantize_blocks(w, power_of_two=power_of_two)
+    check(x_rows, w_blocks)
+    check(dy_rows, w_transposed)
+    check(dy_columns.T, x_columns.T)
+
+
+def check_empty() -> None:
+    nothing = quantize.quantize_rows(torch.empty(0, 128), power_of_two=True)
+    something = quantize.quantize_rows(torch.ones(3, 128), power_of_two=True)
+    assert gemm.block_scaled_mm(nothing, something, dtype=torch.float32).shape == (0, 3)
+    no_depth = quantize.quantize_rows(torch.empty(3, 0), power_of_two=True)
+    assert torch.equal(gemm.block_scaled_mm(no_depth, no_depth, dtype=torch.float32), torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("power_of_two", [True, False], ids=["powers of two", "FP32 scales"])
+@pytest.mark.parametrize(
+    "sizes",
+    [(130, 200, 140), (5, 3, 2), (128, 256, 64), (300, 130, 129)],
+    ids=lambda s: "x".join(map(str, s)),
+)
+def test_three_products(interpret: Interpret, sizes: tuple[int, int, int], power_of_two: bool):
+    interpret(check_linear, *sizes, power_of_two)
+
+
+def test_empty(interpret: Interpret):
+    interpret(check_empty)
+
+
+def test_refuses_views_of_the_transpose_and_other_blocks():
+    tiles = fp8.quantize(torch.ones(128, 256), fp8.ROW_TILE, power_of_two=True)
+    with pytest.raises(ValueError, match="quantise the transpose instead"):
+        gemm.block_scaled_mm(
+            tiles, fp8.quantize(torch.ones(256, 8), fp8.SQUARE, power_of_two=True).T, dtype=torch.float32
+        )
+    with pytest.raises(ValueError, match="blocks of"):
+        gemm.block_scaled_mm(tiles.T, tiles, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", products(), ids=lambda variant: variant.name)
+def test_compiles(variant: Variant, target: str):
+    check_compiled(variant, target)
