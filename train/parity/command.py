@@ -19,6 +19,8 @@ from train.parity.layouts import DEFAULT, NamedLayout, parse
 from train.parity.matrix import run_matrix
 from train.parity.task import MODEL, SEQ_LEN, SEQUENCES
 
+TABLE_WIDTH = 120
+
 
 def prove(names: Sequence[str] | None, *, json_file: Path | None) -> bool:
     """Run layouts (the default matrix without names), print the table, return whether every row passed.
@@ -27,10 +29,9 @@ def prove(names: Sequence[str] | None, *, json_file: Path | None) -> bool:
         RunError: listing every layout that is not understood or cannot be run, before anything starts.
     """
     layouts = chosen_layouts(names or DEFAULT)
-    console = Console()
+    console = _console()
     rows = _run(layouts, console)
-    # a file has no width: no line of the table is to be broken there
-    console.print(table(rows), width=None if console.is_terminal else 140)
+    console.print(table(rows))
     failed = [row.layout for row in rows if not row.passed]
     told = f"FAILED: {', '.join(failed)}" if failed else "every gradient of every layout agrees"
     console.print(
@@ -65,6 +66,12 @@ def chosen_layouts(names: Sequence[str]) -> list[NamedLayout]:
     return layouts
 
 
+def _console() -> Console:
+    """Return a console as wide as the table: a file has no width, and a terminal may be narrow."""
+    console = Console()
+    return console if console.width >= TABLE_WIDTH else Console(width=TABLE_WIDTH)
+
+
 def _run(layouts: list[NamedLayout], console: Console) -> list[Row]:
     columns = (TextColumn("{task.description:36}"), MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[Row] = []
@@ -94,7 +101,7 @@ def table(rows: Sequence[Row]) -> Table:
             str(row.world_size),
             f"{max(row.loss, row.balance_loss):.1e}",
             f"{row.gradient.distance:.1e}",
-            row.gradient.name,
+            row.gradient.name.removesuffix(".weight"),
             f"{row.grad_norm:.1e}",
             f"{row.bias:.1e}" if row.load else "load",
             f"{row.parameter.distance:.1e}",
