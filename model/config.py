@@ -31,7 +31,7 @@ class Compute(StrEnum):
 
 
 class Gemm(StrEnum):
-    """What multiplies matrices inside the blocks; embedding, head, gate, norms and attention stay as they are."""
+    """What multiplies by weights inside the blocks; never embedding, head, gate and attention core."""
 
     compute = "compute"
     """The compute type."""

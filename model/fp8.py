@@ -73,18 +73,18 @@ class _Inputs:
 
     def codes(self, x: Tensor, *, power_of_two: bool) -> Quantized:
         """Return the codes of x [..., D] as those of a matrix [T, D], in 1 x 128 tiles."""
-        version, found = self._codes.get(x, (None, None))
-        if found is None or version != x._version or found.power_of_two is not power_of_two:
-            found = quantize(x.detach().reshape(-1, x.shape[-1]), ROW_TILE, power_of_two=power_of_two)
-            self._codes[x] = (x._version, found)
-        return found
+        made: tuple[int, Quantized] | None = self._codes.get(x)
+        if made is None or made[0] != x._version or made[1].power_of_two is not power_of_two:
+            x_TD = x.detach().reshape(-1, x.shape[-1])
+            made = self._codes[x] = (x._version, quantize(x_TD, ROW_TILE, power_of_two=power_of_two))
+        return made[1]
 
 
 class Fp8Policy:
     """Which products are FP8, and with which scales; the codes of the weights are its own.
 
-    Under `Fp8Scales.deepseek` scales are powers of two where the report has them: for the input of attention's
-    output projection, and for the two tensors of the routed experts that cross devices (section 3.3.3).
+    Under `Fp8Scales.deepseek` scales are powers of two where the report has them: for the input of the output
+    projection of attention, and for the two tensors of the routed experts that cross devices (section 3.3.3).
     """
 
     def __init__(self, config: PrecisionConfig) -> None:
@@ -158,13 +158,14 @@ class _Linear(torch.autograd.Function):
         ctx.weight, ctx.later = weight_OD, later  # the parameter: what was saved may come back without `grad`
         ctx.codes, ctx.power_of_two = codes_OD, x_TD.power_of_two
         ctx.shape, ctx.dtype = x.shape, x.dtype
-        return block_scaled_mm(x_TD, codes_OD, dtype=x.dtype).view(*x.shape[:-1], -1)
+        return block_scaled_mm(x_TD, codes_OD, dtype=x.dtype).view(*x.shape[:-1], len(weight_OD))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         codes_OD: Quantized = ctx.codes
-        x_TD = Quantized(*ctx.saved_tensors, ROW_TILE, ctx.power_of_two)
+        kept_TD, scales = ctx.saved_tensors
+        x_TD = Quantized(kept_TD, scales, ROW_TILE, ctx.power_of_two)
         dout_TO = grads[0].reshape(-1, grads[0].shape[-1])
         dx = None
         if ctx.needs_input_grad[0]:

@@ -289,7 +289,3 @@ def _engine(asked: _Asked) -> Iterator[str]:
         return
     if c.zero_stage > 1 and c.pp > 1:
         yield f"zero_stage={c.zero_stage} cannot be pipelined; use 1, or pp=1"
-    if c.dp_replicate > 1:
-        yield f"dp_replicate={c.dp_replicate} needs engine=zero1; use 1, or engine=zero1"
-    if c.tp > 1:
-        yield f"tp={c.tp} needs engine=zero1; use 1, or engine=zero1"

@@ -10,7 +10,8 @@ its optimizer state is cut once more over the processes that sum the gradient (Z
     embedding with a copy on the last pipeline rank  1 / tp             2 * dp_shard * cp
 
 zero1 keeps gradients whole in FP32; its FP32 weights are their own masters. The deepspeed engine keeps a
-master of every weight; stage 2 cuts gradients too, stage 3 also the weights. Left out: activations, buffers
+master of every weight; stage 2 cuts gradients too, stage 3 also the weights, of which it keeps head, norms
+and gates whole beside their shards, and one bucket for gradients on their way. Left out: activations, buffers
 that live for one collective, and the padding of flat buffers (less than 64 elements a weight).
 """
 
@@ -29,6 +30,9 @@ from parallel.config import Engine, Offload, ParallelConfig
 from parallel.layout import Layout
 from parallel.placement import assign_layers, count_stages, rank_of_stage, stages_on_rank
 
+DEEPSPEED_BUCKET_ELEMENTS = 1 << 26
+"""Gradients that the deepspeed engine sums at a time."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankMemory:
@@ -39,13 +43,15 @@ class RankMemory:
     gradients: int
     optimizer: int
     """Moments, and masters that are not the weights themselves."""
+    buffers: int = 0
+    """What the engine keeps for its collectives."""
     offloaded: int = 0
     """Optimizer state in the host's memory."""
 
     @property
     def total(self) -> int:
         """Return the bytes on the device."""
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.buffers
 
 
 def rank_memory(
@@ -79,9 +85,11 @@ def rank_memory(
     on_host = parallel.offload is Offload.cpu
     return RankMemory(
         parameters=FP32_BYTES * model.moe.num_experts * rank.num_routers
-        + sum(kind.width * (kind.shard if sharded_weights else kind.count) for kind in kinds),
+        + sum(kind.width * (kind.shard if sharded_weights else kind.count) for kind in kinds)
+        + (_kept_whole(rank.parts, layout, width=element_bytes(compute)) if sharded_weights else 0),
         gradients=FP32_BYTES * sum(kind.shard if sharded_gradients else kind.count for kind in kinds),
         optimizer=0 if on_host else state,
+        buffers=FP32_BYTES * DEEPSPEED_BUCKET_ELEMENTS if sharded_weights else 0,
         offloaded=state if on_host else 0,
     )
 
@@ -133,6 +141,11 @@ class _Kind:
     def shard(self) -> int:
         """Return the weights whose state this rank keeps."""
         return -(-self.count // self.shards)
+
+
+def _kept_whole(parts: Parts, layout: Layout, *, width: int) -> int:
+    """Return the bytes of the weights that stage 3 keeps whole: those used outside a module's own forward."""
+    return width * (parts.head // layout.tp) + FP32_BYTES * (parts.norms + parts.gate)
 
 
 def _held(model: ModelConfig, rank: _Rank, layout: Layout, *, width: int) -> list[_Kind]:

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from model.config import Compute
+from model.config import Compute, Gemm
+from model.fp8 import Fp8Policy, Fp8Weights, install_fp8
 from model.transformer import Transformer
 from model.weight_gradients import WeightGradients, install
 from parallel.config import Schedule as PipelineName
@@ -18,7 +19,7 @@ from parallel.pieces import Holding
 from parallel.pipeline.actions import action_table
 from parallel.pipeline.executor import PipelineSchedule
 from parallel.pipeline.table import ActionTable
-from parallel.schedule import LocalSchedule, LossFunction, Schedule, WorldSchedule
+from parallel.schedule import Batch, LocalSchedule, LossFunction, Schedule, StepOutput, WorldSchedule
 from parallel.tensor import TensorSplit, VocabularyRows
 from train.config import RunConfig, StageConfig
 from train.ema import Ema
@@ -98,12 +99,35 @@ def build_stage(config: RunConfig, stage: StageConfig, *, device: torch.device, 
 
 def build_schedule(model: ParallelModel, engine: Engine, config: RunConfig, stage: StageConfig) -> Schedule:
     """Return what runs a step's microbatches: a loop, or a pipeline schedule where there are stages."""
+    if config.precision.gemm is Gemm.compute:
+        return _build_schedule(model, engine, config, stage, WeightGradients())
+    policy, later = Fp8Policy(config.precision), WeightGradients()
+    for part in model.parts.values():
+        install_fp8(part, policy, later)
+    return Fp8Schedule(_build_schedule(model, engine, config, stage, later), policy.weights)
+
+
+@dataclass(frozen=True)
+class Fp8Schedule:
+    """A schedule whose microbatches share the codes of the weights, made anew in each step."""
+
+    schedule: Schedule
+    weights: Fp8Weights
+
+    def step(self, batch: Batch, *, mtp_weight: float = 0.0, loss_scale: float = 1.0) -> StepOutput:
+        """Forget the codes, since the weights may have changed, and run the step; see `Schedule.step`."""
+        self.weights.forget()
+        return self.schedule.step(batch, mtp_weight=mtp_weight, loss_scale=loss_scale)
+
+
+def _build_schedule(
+    model: ParallelModel, engine: Engine, config: RunConfig, stage: StageConfig, later: WeightGradients
+) -> Schedule:
     layout = stage.parallel or config.parallel
     loss_function = objective(model)
     if model.num_stages == 1:
         (part,) = model.parts.values()
         return LocalSchedule(part, loss_function, microbatch_size=layout.microbatch_size, mesh=model.mesh)
-    later = WeightGradients()
     for part in model.parts.values():
         install(part, later)
 

@@ -8,13 +8,14 @@ moments, lets torch's fused AdamW update it, rounds it back and writes the new p
 type, so temporaries are two chunks whatever the model's size and every tensor is read once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from parallel.bucket import Bucket, ParameterRule
+from parallel.bucket import ParameterRule
 from parallel.pieces import Holding
 from parallel.zero1 import Zero1
 from train.config import Moments, OptimizerConfig
@@ -53,6 +54,15 @@ def clip_grad_norm(engine: Zero1, *, max_norm: float, loss_scale: float = 1.0) -
     return norm
 
 
+class FlatState(NamedTuple):
+    """FP32 weights with their FP32 gradient and FP32 or BF16 moments, flat, of one length."""
+
+    weights: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
 class AdamW:
     """The optimizer: one pair of flat moments per bucket of the engine.
 
@@ -80,12 +90,9 @@ class AdamW:
         for bucket, exp_avg, exp_avg_sq in zip(
             self._engine.buckets, self._exp_avg, self._exp_avg_sq, strict=True
         ):
-            device = bucket.master.device
-            count = torch.tensor(float(self.num_updates), device=device)
-            size = _CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
-            for start in range(0, bucket.master.numel(), size):
-                chunk = slice(start, start + size)
-                self._update(bucket, chunk, exp_avg[chunk], exp_avg_sq[chunk], count, lr)
+            state = FlatState(bucket.master, bucket.own_grad, exp_avg, exp_avg_sq)
+            rate, decay = lr * bucket.rule.lr_multiplier, bucket.rule.decay
+            for chunk in update_flat(state, self._config, num_updates=self.num_updates, lr=rate, decay=decay):
                 bucket.publish(chunk.start, chunk.stop)
         self._engine.gather()
 
@@ -104,25 +111,42 @@ class AdamW:
         first = self._engine.stored(self._exp_avg, name="{}.exp_avg")
         return first | self._engine.stored(self._exp_avg_sq, name="{}.exp_avg_sq")
 
-    def _update(
-        self, bucket: Bucket, chunk: slice, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, lr: float
-    ) -> None:
+
+def update_flat(
+    flats: FlatState, config: OptimizerConfig, *, num_updates: int, lr: float, decay: bool
+) -> Iterator[slice]:
+    """Update a flat tensor chunk by chunk; yield each chunk when it is done.
+
+    Args:
+        flats: the FP32 weights, their FP32 gradient, and the moments, all of one length.
+        config: rates of the moments, epsilon, weight decay.
+        num_updates: updates since the moments began, this one included.
+        lr: the learning rate of these weights.
+        decay: whether weight decay applies to them.
+    """
+    device = flats.weights.device
+    count = torch.tensor(float(num_updates), device=device)
+    size = _CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
+    for start in range(0, flats.weights.numel(), size):
+        chunk = slice(start, start + size)
+        exp_avg, exp_avg_sq = flats.exp_avg[chunk], flats.exp_avg_sq[chunk]
         wide_avg, wide_avg_sq = exp_avg.float(), exp_avg_sq.float()  # the moments themselves if FP32
         torch._fused_adamw_(
-            [bucket.master[chunk]],
-            [bucket.own_grad[chunk]],
+            [flats.weights[chunk]],
+            [flats.gradient[chunk]],
             [wide_avg],
             [wide_avg_sq],
             [],
             [count],
-            lr=lr * bucket.rule.lr_multiplier,
-            beta1=self._config.beta1,
-            beta2=self._config.beta2,
-            weight_decay=self._config.weight_decay if bucket.rule.decay else 0.0,
-            eps=self._config.eps,
+            lr=lr,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            weight_decay=config.weight_decay if decay else 0.0,
+            eps=config.eps,
             amsgrad=False,
             maximize=False,
         )
         if wide_avg is not exp_avg:
             exp_avg.copy_(wide_avg)
             exp_avg_sq.copy_(wide_avg_sq)
+        yield chunk

@@ -91,7 +91,9 @@ def quantize(x: Tensor, block: BlockShape, *, power_of_two: bool) -> Quantized:
         x_nHcW = x_NHcW[part]
         # a true division: multiplying by a rounded reciprocal would give other codes
         codes_NHcW[part] = scratch[: len(x_nHcW)].copy_(x_nHcW).div_(divisors_NIcI[part])
-    codes = _join(codes_NHcW, x.shape).contiguous()
+    codes = _join(codes_NHcW, x.shape)
+    if codes.numel() < codes_NHcW.numel():  # a view, even a contiguous one, would keep the edges in memory
+        codes = codes.clone(memory_format=torch.contiguous_format)
     down, across = _ceil_div(x.shape[-2], block[0]), scales_Nc.shape[1]
     return Quantized(codes, scales_Nc.view(*x.shape[:-2], down, across), block, power_of_two)
 

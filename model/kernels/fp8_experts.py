@@ -14,7 +14,7 @@ Legend: R routed rows, X the same with the zeros, D hidden, I intermediate, E ex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -86,6 +86,15 @@ class _Padding:
         """Return the rows [R, ...] of [X, ...]."""
         return rows_X.index_select(0, self.place_R)
 
+    def pack(self, x_X: Quantized) -> tuple[Tensor, Tensor]:
+        """Return codes as bytes and scales of the rows in R, to be kept for the backward pass."""
+        return self.remove(x_X.codes.view(torch.uint8)), self.remove(x_X.scales)
+
+    def unpack(self, codes_R: Tensor, scales_R: Tensor, *, power_of_two: bool) -> Quantized:
+        """Return what was packed, among rows of zeros."""
+        codes_X = self.add(codes_R).view(torch.float8_e4m3fn)
+        return Quantized(codes_X, self.add(scales_R), ROW_TILE, power_of_two)
+
 
 @dataclass(frozen=True)
 class _Factors:
@@ -105,7 +114,7 @@ class _Factors:
         return outer(self.dgate_XI, rows_XD), outer(self.dup_XI, rows_XD), outer(self.dout_XD, self.hidden_XI)
 
     def add_to(self, *grads_EXX: Tensor) -> None:
-        """Add the products to the gradients of w1, w3 and w2, rounded to their type first as autograd does."""
+        """Add products to the gradients of w1, w3 and w2, rounded to their type first, as autograd does."""
         for grad_EXX, product_EXX in zip(grads_EXX, self.products(), strict=True):
             grad_EXX += product_EXX.to(grad_EXX.dtype)
 
@@ -132,7 +141,7 @@ class _ExpertFFN(torch.autograd.Function):
         hidden_XI = F.silu(gate_XI.float()) * up_XI.float() * weights_X1
         out_XD = multiply(quantize(hidden_XI, ROW_TILE, power_of_two=scales.others), codes[2])
         kept = [rows_XD, *(quantize(x, ROW_TILE, power_of_two=scales.others) for x in (gate_XI, up_XI))]
-        ctx.save_for_backward(weights_X1, *(tensor for x in kept for tensor in (x.codes, x.scales)))
+        ctx.save_for_backward(row_weights_R, *chain.from_iterable(map(padding.pack, kept)))
         ctx.weights = (w1_EID, w3_EID, w2_EDI)  # the parameters: what was saved may come back without `grad`
         ctx.padding, ctx.codes, ctx.scales, ctx.later, ctx.dtype = padding, codes, scales, later, dtype
         return padding.remove(out_XD)
@@ -140,11 +149,11 @@ class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weights_X1, *kept = ctx.saved_tensors
+        row_weights_R, *kept = ctx.saved_tensors
         padding, scales, (w1_EID, w3_EID, w2_EDI) = ctx.padding, ctx.scales, ctx.codes
         flags = (scales.rows, scales.others, scales.others)
         rows_XD, gate_XI, up_XI = (
-            Quantized(codes, steps, ROW_TILE, flag)
+            padding.unpack(codes, steps, power_of_two=flag)
             for codes, steps, flag in zip(kept[::2], kept[1::2], flags, strict=True)
         )
         multiply = partial(grouped_block_scaled_mm, sizes=padding.sizes, dtype=ctx.dtype)
@@ -154,7 +163,10 @@ class _ExpertFFN(torch.autograd.Function):
         )
         dhidden_XI = multiply(quantize(dout_XD, ROW_TILE, power_of_two=scales.output_grad), w2_EDI.T)
         hidden_XI, dgate_XI, dup_XI, dweights_X = _swiglu_backward(
-            gate_XI.dequantize(), up_XI.dequantize(), weights_X1, dhidden_XI.float()
+            gate_XI.dequantize(),
+            up_XI.dequantize(),
+            padding.add(row_weights_R)[:, None],
+            dhidden_XI.float(),
         )
         drows_XD = multiply(by_row(dgate_XI), w1_EID.T) + multiply(by_row(dup_XI), w3_EID.T)
         factors = _Factors(

@@ -4,8 +4,8 @@ Nothing here is written for speed; autograd derives every gradient. Arithmetic i
 FP64 (the tests compare in FP64 where a finite difference is taken).
 
 Legend: B sequences, S length, M keys, H heads, K query/key width, U value width, T tokens, D hidden,
-V vocabulary, E experts, I expert intermediate, R routed rows (sorted by expert) or rows of a matrix,
-A experts per token, P rotary width, F = P / 2, M, N, K rows, columns and summed length of a product, C columns.
+V vocabulary, E experts, I expert intermediate, R routed rows (sorted by expert), A experts per token,
+P rotary width, F = P / 2; of matrices R rows, C columns, of a product M rows, N columns, K terms.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""`python -m parallel.pipeline`: how long each schedule idles, by its own action table, beside its formula."""
+"""`python -m parallel.pipeline`: how long each schedule idles, by its own table, beside its formula."""
 
 import argparse
 

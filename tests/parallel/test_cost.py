@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from model.config import Compute, ModelConfig
-from model.cost import gradient_bytes, optimizer_bytes, parameter_bytes
+from model.cost import (
+    gradient_bytes,
+    mtp_parameters,
+    optimizer_bytes,
+    parameter_bytes,
+    parameters,
+)
 from model.transformer import Part, Transformer
 from parallel.checks import layout_of
 from parallel.config import Engine, Offload, ParallelConfig, Schedule
@@ -164,7 +170,10 @@ def test_deepspeed_stages_cut_more_and_more():
     assert one.optimizer == two.optimizer == three.optimizer == (4 + 2 * 2) * count // 4
     assert (one.gradients, two.gradients, three.gradients) == (4 * count, count, count)
     assert one.parameters == two.parameters == parameter_bytes(MODEL, compute=Compute.bf16)
-    assert three.parameters - biases == (one.parameters - biases) // 4
+    parts = parameters(MODEL) + mtp_parameters(MODEL)
+    kept_whole = 2 * parts.head + 4 * (parts.norms + parts.gate)
+    assert three.parameters - biases == (one.parameters - biases) // 4 + kept_whole
+    assert (one.buffers, two.buffers, three.buffers) == (0, 0, 4 << 26)
     offloaded = held(zero_stage=2, offload=Offload.cpu)
     assert (offloaded.optimizer, offloaded.offloaded) == (0, two.optimizer)
     assert offloaded.total == two.total - two.optimizer

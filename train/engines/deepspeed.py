@@ -1,9 +1,16 @@
-"""The second engine: DeepSpeed's ZeRO optimizers, stages 1 to 3, with optimizer state in CPU memory if asked.
+"""The second engine: DeepSpeed's ZeRO optimizers, stages 1 to 3 (arXiv 1910.02054), and CPU offload.
 
-Only the optimizers of DeepSpeed are used, not the engine that it wraps around a model: that one would cast the
-whole model to one type, divide gradients by numbers of processes and count microbatches, all of which is
-decided here already. So the model, the schedules and the loss stay what they are under the default engine, and
-checkpoints of either engine load into the other.
+Only the optimizers of DeepSpeed are used, not the engine that it wraps around a model. That one would cast
+the whole model to one type, divide gradients by numbers of processes and count microbatches: all this is
+settled already. So model, schedules and loss are the same under both engines, and checkpoints of one load
+into the other.
+
+    deepspeed_start       process groups, and no compilation
+    deepspeed_groups      parameters by type, rule and processes; where they lie in DeepSpeed's flat tensors
+    deepspeed_optimizer   what is common to the stages: the norm from outside, the end of a backward pass
+    deepspeed_stage12     whole weights
+    deepspeed_stage3      weights in shards
+    flat_adamw            the optimizer that DeepSpeed calls
 """
 
 from contextlib import AbstractContextManager
@@ -103,7 +110,10 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _grad_norm(self) -> Tensor:
-        """Return the L2 norm of the whole model's gradients as they are; FP32 scalar, equal on all processes."""
+        """Return the L2 norm of the whole model's gradients, loss scale included; FP32 scalar.
+
+        Equal on all processes; they own different elements, but for replicas.
+        """
         squares = [
             torch.linalg.vector_norm(part, dtype=torch.float64).square() / group.reduction.replicate.size
             for flat, group in zip(self._gradients, self._groups, strict=True)
@@ -115,6 +125,7 @@ class DeepSpeedEngine:
 def _stage(
     model: ParallelModel, groups: list[ParameterGroup], optimizer: FlatAdamW, parallel: ParallelConfig
 ) -> ZeroStage:
+    """Hand the parameters to DeepSpeed."""
     first = next(iter(groups[0].named.values()))
     for group in groups:
         for parameter in group.named.values():

@@ -1,9 +1,9 @@
 """What DeepSpeed's ZeRO optimizers are given here in place of what they would find out themselves.
 
 The norm. DeepSpeed adds up norms group by group over the data-parallel ranks and then over one "model
-parallel" group, so every pipeline rank would have to hold the same groups of parameters, which stages do not:
-one may have experts, another none. The engine measures one norm over all processes; DeepSpeed clips by it, and
-skips the update if it is not finite.
+parallel" group. Every pipeline rank would have to hold the same groups of parameters, but one may have
+experts and another none. The engine measures one norm over all processes; DeepSpeed clips by it, and skips
+the update if it is not finite.
 
 The end of a backward pass. Stages 2 and 3 sum gradients while a backward pass goes on and have to hear when
 it is over. DeepSpeed's own engine learns that from the loss which goes through it. Here DeepSpeed is told to
@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from parallel.cost import DEEPSPEED_BUCKET_ELEMENTS
 from train.engines.deepspeed_groups import Place
 
-BUCKET_ELEMENTS = 1 << 26
+BUCKET_ELEMENTS = DEEPSPEED_BUCKET_ELEMENTS
 """Gradients that are summed together: 256 MiB. A constant, since processes with different parameters (both
 ends of a pipeline) share collectives, which must be cut alike."""
 
@@ -66,7 +67,9 @@ class ZeroStage(Protocol):
 
 
 def offloaded_gradients(flats: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients that DeepSpeed keeps beside masters in CPU memory."""
+    """Return the gradients that DeepSpeed keeps beside masters in CPU memory, once they have arrived."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return [flat.grad for flat in flats if flat.grad is not None]
 
 

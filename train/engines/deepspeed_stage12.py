@@ -1,11 +1,15 @@
 """ZeRO stages 1 and 2 (arXiv 1910.02054) of DeepSpeed: whole weights, and optimizer state in shards.
 
-    stage 1   gradients are whole, and summed at the end of a step: `p.grad` may be written by anyone at any time
-              before, as schedules that split the backward pass do
-    stage 2   gradients are summed in every backward pass, and only the own range is kept
+    stage 1   gradients are whole, and summed at the end of a step. Until then anyone may add to `p.grad`,
+              as schedules do that split the backward pass
+    stage 2   gradients are summed in every backward pass, and only the range owned here is kept
 
-`p.grad` is FP32 whatever the type of the weight, and so is everything that DeepSpeed makes of it. Stage 1 sums
-by all-reduce, and each process then takes its range.
+`p.grad` is FP32 whatever the type of the weight, and so is all that DeepSpeed makes of it, because the first
+parameter is FP32. (A pipeline rank with the embedding alone may have none: DeepSpeed then moves what is in
+`p.grad` to FP32 accumulators of its own.) Both stages sum by all-reduce; each process then takes its range.
+
+What is not summed over all data-parallel ranks alone, such as experts, or the embedding at both ends of a
+pipeline, DeepSpeed is told to be "MoE": it looks up the processes by the name of the group.
 """
 
 from collections.abc import Sequence

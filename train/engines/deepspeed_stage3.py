@@ -4,13 +4,12 @@ DeepSpeed's hooks on modules gather a module's own weights before its forward an
 go afterwards. What the model does besides gets special treatment:
 
 - The head's weight is read by the loss, which is no module. Norms are run again in the backward pass of what
-  follows them (model/recompute.py). A gate returns a dataclass, in which hooks find no tensor to wait for. All
-  these stay whole on every process ("persistent"); each process still updates its shard alone.
-- Experts take a dataclass, so their weights, most of the model, would stay until a backward pass is over. A
-  hook lets DeepSpeed see the tensor in it.
+  follows them (model/recompute.py). A gate returns a dataclass, in which hooks find no tensor to wait for.
+  The weights of all these stay whole on every process ("persistent"); each still updates its shard alone.
+- Experts take a dataclass, so their weights, most of the model, would stay until a backward pass is over.
+  Another hook lets DeepSpeed see the tensor in it.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +26,6 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.utils import defragment
-from deepspeed.utils import logger
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
@@ -62,7 +60,7 @@ class _Optimizer(DeepSpeedZeroOptimizer_Stage3):
         """Return False: a norm that is not finite says it."""
         return False
 
-    # The weights' shards would go to one flat tensor, which has one type. Give each group one of its own.
+    # DeepSpeed moves the shards of all weights into one flat tensor, of one type; here each group has one.
 
     def _get_parameter_partitions(self) -> list[Tensor]:
         return self.fp16_partitioned_groups[0]
@@ -107,7 +105,6 @@ class ShardedWeights:
         )
         finalize(self, _forget, self._zero, model).atexit = False
         self._persist(model)
-        logger.addFilter(_is_news)
         for module in model.modules():
             if isinstance(module, Experts):
                 module.register_forward_pre_hook(_show_rows)
@@ -171,7 +168,9 @@ class ShardedWeights:
         self._gather_persistent()
 
     def _gather_persistent(self) -> None:
-        sharded = [p for p in self._zero.persistent_parameters if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        sharded = [
+            p for p in self._zero.persistent_parameters if p.ds_status is ZeroParamStatus.NOT_AVAILABLE
+        ]
         if sharded:
             sharded[0].all_gather(sharded)
 
@@ -201,11 +200,6 @@ def _forget(optimizer: _Optimizer, model: Transformer) -> None:
     FWD_MODULE_STACK.remove(model)
     method: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
     getclosurevars(method).nonlocals["func"].cache_clear()
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Return whether a message is not about the dataclasses among inputs and outputs, which are dealt with."""
-    return "unknown inputs or outputs type" not in record.getMessage()
 
 
 def _configuration() -> dict[str, Any]:

@@ -4,6 +4,7 @@ DeepSpeed takes "no group" for the group of all processes, whereas a `Group` of 
 each `Group` goes through `Handles` before DeepSpeed sees it.
 """
 
+import logging
 import os
 import warnings
 from typing import Any
@@ -12,6 +13,7 @@ import deepspeed
 import deepspeed.comm
 import torch
 import torch.distributed as dist
+from deepspeed.utils import logger
 
 from parallel.groups import Group
 
@@ -39,8 +41,9 @@ class Handles:
         # of calls that DeepSpeed makes, also in hooks of a forward pass
         calls = "`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated"
         warnings.filterwarnings("ignore", message=calls, category=FutureWarning)
+        logger.addFilter(_is_news)
         # one is a shared-memory all-reduce that DeepSpeed would compile at this moment, for minutes
-        vars(deepspeed.ops)["__compatible_ops__"] = dict[str, bool]()
+        deepspeed.ops.__dict__["__compatible_ops__"] = dict[str, bool]()
         deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
         self._alone: Any = None
 
@@ -51,3 +54,13 @@ class Handles:
         if self._alone is None:
             self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         return self._alone
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a message of DeepSpeed's tells something that is neither handled nor reported here.
+
+    Dataclasses among inputs and outputs of modules are handled (train/engines/deepspeed_stage3.py), and the
+    trainer reports steps that are left out.
+    """
+    known = ("unknown inputs or outputs type", "OVERFLOW! Skipping step")
+    return not any(text in record.getMessage() for text in known)

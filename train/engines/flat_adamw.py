@@ -1,7 +1,7 @@
 """AdamW (arXiv 1711.05101) as an optimizer that DeepSpeed can call, on the flat FP32 tensors it makes.
 
-The arithmetic, the rules and the storage of the moments are those of train/optimizer.py. DeepSpeed calls `step`
-once for every flat tensor, so counting the updates is left to who drives it.
+The arithmetic, the rules and the storage of the moments are those of train/optimizer.py. DeepSpeed calls
+`step` once for every flat tensor, so who drives it counts the updates.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from train.config import Moments, OptimizerConfig
-
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Elements updated together: temporaries are two chunks in FP32 where moments are BF16."""
+from train.optimizer import FlatState, update_flat
 
 
 class FlatAdamW(torch.optim.Optimizer):
     """AdamW with FP32 or BF16 moments, whose groups have `decay` and `lr_multiplier`.
 
-    `num_updates` counts the updates made, this one included while `step` runs.
+    `num_updates`: the updates made since the moments began, this one included while `step` runs.
     """
 
     num_updates: int
@@ -64,27 +62,9 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def _update(self, flat: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         gradient: Any = flat.grad
-        size = _CHUNK.get(flat.device.type, _CHUNK["cuda"])
-        count = torch.tensor(float(self.num_updates), device=flat.device)
-        for start in range(0, flat.numel(), size):
-            chunk = slice(start, start + size)
-            exp_avg, exp_avg_sq = state["exp_avg"][chunk], state["exp_avg_sq"][chunk]
-            wide_avg, wide_avg_sq = exp_avg.float(), exp_avg_sq.float()  # the moments themselves if FP32
-            torch._fused_adamw_(
-                [flat[chunk]],
-                [gradient[chunk]],
-                [wide_avg],
-                [wide_avg_sq],
-                [],
-                [count],
-                lr=group["lr"],
-                beta1=self._config.beta1,
-                beta2=self._config.beta2,
-                weight_decay=self._config.weight_decay if group["decay"] else 0.0,
-                eps=self._config.eps,
-                amsgrad=False,
-                maximize=False,
-            )
-            if wide_avg is not exp_avg:
-                exp_avg.copy_(wide_avg)
-                exp_avg_sq.copy_(wide_avg_sq)
+        flats = FlatState(flat, gradient, state["exp_avg"], state["exp_avg_sq"])
+        chunks = update_flat(
+            flats, self._config, num_updates=self.num_updates, lr=group["lr"], decay=group["decay"]
+        )
+        for _ in chunks:
+            pass  # nothing follows a chunk: DeepSpeed publishes the weights

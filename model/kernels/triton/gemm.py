@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.fp8 import BLOCK, ROW_TILE, SQUARE, Quantized
+from model.kernels.fp8 import BLOCK, ROW_TILE, SQUARE, BlockShape, Quantized
 from model.kernels.triton.quantize import INTERPRETED
 
 BLOCK_SCALES = (
@@ -149,36 +149,35 @@ def store_tile(
 def block_scaled_mm(a_MK: Quantized, b_NK: Quantized, *, dtype: torch.dtype) -> Tensor:
     """Return a bᵀ, [M, N], rounded once to `dtype`.
 
-    a has 1×128 tiles, b 1×128 tiles or 128×128 blocks. Raises ValueError for other blocks, and where codes or
-    scales are not contiguous, which is how a view of the transpose differs from a transposed copy.
+    a has 1×128 tiles, b 1×128 tiles or 128×128 blocks; raises ValueError for others. Operands that are views
+    of the transpose are copied first; those of quantize.py whose transpose is read are stored transposed.
     """
-    require_k_major(a_MK, blocks=(ROW_TILE,))
-    require_k_major(b_NK, blocks=(ROW_TILE, SQUARE))
-    (M, K), N = a_MK.codes.shape, len(b_NK.codes)
-    out_MN = a_MK.codes.new_empty(M, N, dtype=dtype)
-    if K == 0:
-        return out_MN.zero_()
-    blocks = b_NK.block == SQUARE
+    a, b = k_major(a_MK, (ROW_TILE,)), k_major(b_NK, (ROW_TILE, SQUARE))
+    (M, K), N = a.codes.shape, len(b.codes)
+    out_MN = a.codes.new_empty(M, N, dtype=stored_type(dtype))
+    blocks = b.block == SQUARE
     kernel, configs = (_by_blocks, BLOCK_SCALES) if blocks else (_by_rows, ROW_SCALES)
     if M and N:
-        tensors = (a_MK.codes, a_MK.scales, b_NK.codes, b_NK.scales, out_MN)
+        tensors = (a.codes, a.scales, b.codes, b.scales, out_MN)
         launch(kernel, configs, num_tiles(M, N), *tensors, M, N, K, blocks)
-    return out_MN
+    return out_MN.to(dtype)
 
 
-def require_k_major(x: Quantized, *, blocks: Sequence[tuple[int, int]]) -> None:
-    """Raise ValueError unless x has one of these blocks, and memory in which the summed dimension is last."""
+def k_major(x: Quantized, blocks: Sequence[BlockShape]) -> Quantized:
+    """Return x in memory whose last dimension is the one that is summed; its block must be one of these."""
     if x.block not in blocks:
-        raise ValueError(
-            f"blocks of {x.block} values, where this product reads {' or '.join(map(str, blocks))}"
-        )
-    if not (x.codes.is_contiguous() and x.scales.is_contiguous()):
-        raise ValueError("FP8 tensor cores read along the summed dimension: quantise the transpose instead")
+        raise ValueError(f"blocks of {x.block} values; this product reads {' or '.join(map(str, blocks))}")
+    return Quantized(x.codes.contiguous(), x.scales.contiguous(), x.block, x.power_of_two)
 
 
-def num_tiles(M: int, N: int) -> Any:
-    """Return the grid of a product [M, N], which depends on the configuration's tile."""
-    return lambda meta: (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)
+def stored_type(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which a kernel stores: the interpreter, whose casts round wrongly, stores FP32."""
+    return torch.float32 if INTERPRETED else dtype
+
+
+def num_tiles(M: int, N: int, *matrices: int) -> Any:
+    """Return the grid of a product [M, N], or of several, which depends on the configuration's tile."""
+    return lambda meta: (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]), *matrices)
 
 
 def launch(kernel: Any, configs: Sequence[triton.Config], grid: Any, *arguments: Tensor | int | bool) -> None:

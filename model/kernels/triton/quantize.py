@@ -31,7 +31,16 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from model.kernels.fp8 import BLOCK, LARGEST_CODE, ROW_TILE, SMALLEST_SCALE, SQUARE, Quantized
+from model.kernels.fp8 import (
+    BLOCK,
+    COLUMN_TILE,
+    LARGEST_CODE,
+    ROW_TILE,
+    SMALLEST_SCALE,
+    SQUARE,
+    BlockShape,
+    Quantized,
+)
 
 INTERPRETED: bool = knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, whose own cast to FP8 rounds wrongly."""
@@ -128,10 +137,10 @@ def store_column_tiles(
 
 @triton.jit
 def load_square(
-    x_ptr: tl.tensor, i: tl.tensor, j: tl.tensor, R: tl.tensor, D: tl.tensor
+    x_ptr: tl.tensor, i: tl.tensor, j: tl.tensor, R: tl.tensor, D: tl.tensor, HEIGHT: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return square (i, j) of x [R, D] in FP32, zero outside, with its row and column numbers."""
-    row = i * _TILE + tl.arange(0, _TILE)
+    """Return square (i, j), HEIGHT × 128, of x [R, D]: FP32, zero outside; and its row and column numbers."""
+    row = i * HEIGHT + tl.arange(0, HEIGHT)
     column = j * _TILE + tl.arange(0, _TILE)
     inside = (row < R)[:, None] & (column < D)[None, :]
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * D + column[None, :], mask=inside, other=0.0)
@@ -154,7 +163,7 @@ def tiles_kernel(
 ) -> None:
     """Quantise one square of x [R, D] by rows, by columns, or both; one program a square."""
     i, j = tl.program_id(0), tl.program_id(1)
-    x_NW, row, column = load_square(x_ptr, i, j, R, D)
+    x_NW, row, column = load_square(x_ptr, i, j, R, D, _TILE)
     if ROWS:
         store_row_tiles(x_NW, codes_ptr, scales_ptr, row, j, R, D, POWER_OF_TWO, INTERPRET)
     if COLUMNS:
@@ -174,7 +183,7 @@ def requantize_kernel(
 ) -> None:
     """Decode one square of row tiles and quantise it by columns."""
     i, j = tl.program_id(0), tl.program_id(1)
-    codes_NW, row, column = load_square(codes_ptr, i, j, R, D)
+    codes_NW, row, column = load_square(codes_ptr, i, j, R, D, _TILE)
     scale_N = tl.load(scales_ptr + row.to(tl.int64) * tl.cdiv(D, _TILE) + j, mask=row < R, other=0.0)
     x_NW = codes_NW * scale_N[:, None]
     store_column_tiles(x_NW, codes_t_ptr, scales_t_ptr, column, i, R, D, POWER_OF_TWO, INTERPRET)
@@ -196,7 +205,7 @@ def blocks_kernel(
     i, j, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     num_i, num_j = tl.cdiv(R, _TILE), tl.cdiv(D, _TILE)
     first = matrix * R * D
-    x_NW, row, column = load_square(x_ptr + first, i, j, R, D)
+    x_NW, row, column = load_square(x_ptr + first, i, j, R, D, _TILE)
     scale = scale_of(tl.ravel(x_NW), tl.constexpr(0), POWER_OF_TWO)
     codes = encode(x_NW, scale, POWER_OF_TWO, INTERPRET)
     inside = (row < R)[:, None] & (column < D)[None, :]
@@ -206,6 +215,17 @@ def blocks_kernel(
     tl.store(codes_t_ptr + first + transposed, tl.trans(codes), mask=inside_t)
     tl.store(scales_ptr + (matrix * num_i + i) * num_j + j, scale)
     tl.store(scales_t_ptr + (matrix * num_j + j) * num_i + i, scale)
+
+
+def quantize(x: Tensor, block: BlockShape, *, power_of_two: bool) -> Quantized:
+    """Return x, FP32, BF16 or FP16, as `model.kernels.fp8.quantize` does; only square blocks take a stack."""
+    if block == SQUARE:
+        return quantize_blocks(x, power_of_two=power_of_two)[0]
+    if block == ROW_TILE:
+        return quantize_rows(x, power_of_two=power_of_two)
+    if block == COLUMN_TILE:
+        return quantize_columns(x, power_of_two=power_of_two)
+    raise ValueError(f"no kernel quantises blocks of {block} values")
 
 
 def quantize_rows(x_RD: Tensor, *, power_of_two: bool) -> Quantized:
@@ -268,9 +288,9 @@ def empty_tiles(like: Tensor, rows: int, width: int, *, power_of_two: bool) -> Q
     return Quantized(codes, scales, ROW_TILE, power_of_two)
 
 
-def squares(rows: int, width: int) -> tuple[int, int]:
-    """Return the grid that covers [rows, width] with one program for each 128×128 square."""
-    return triton.cdiv(rows, BLOCK), triton.cdiv(width, BLOCK)
+def squares(rows: int, width: int, height: int = BLOCK) -> tuple[int, int]:
+    """Return the grid that covers [rows, width] with one program for each square, height × 128."""
+    return triton.cdiv(rows, height), triton.cdiv(width, BLOCK)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | bool) -> None:

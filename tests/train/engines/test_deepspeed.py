@@ -1,13 +1,9 @@
-"""The deepspeed engine against the default one, on the same model, data and rules; each rank runs here."""
+"""The deepspeed engine against the default one, on the same model, data and rules."""
 
-import gc
-import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,100 +11,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.config import Compute, Recompute
-from parallel.config import Engine, Offload, ParallelConfig
+from parallel.config import Engine, ParallelConfig
 from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
 from parallel.pieces import Holding, Pieces
-from parallel.schedule import Batch
 from tests.distributed import run_ranks
-from train.batch import make_batch
-from train.build import StageParts, build_stage
+from tests.train.engines.runs import (
+    DP2,
+    STAGES,
+    ZERO1,
+    build,
+    config_of,
+    distance,
+    equal,
+    everything,
+    next_step,
+    offloaded,
+    passes,
+    update,
+    whole,
+)
+from train.build import StageParts
 from train.checkpoints.storage import load_tensors, save_tensors
 from train.config import Moments, RunConfig
-from train.parity.task import CPU, DEPTHS, MODEL, OPTIMIZER, boxes_of, run_config, token_rows
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import train.engines.deepspeed  # noqa: F401  # here, not in every process that is started
-from train.engines.deepspeed_optimizer import BUCKET_ELEMENTS
 
 ROOT = Path(__file__).resolve().parents[3]
-SMALL = replace(MODEL, num_layers=2)
-RULES = replace(OPTIMIZER, lr_multipliers={"*.experts.*": 0.5, "embed.*": 2.0}, max_grad_norm=0.3)
-DP2 = Layout(dp_shard=2)
-ZERO1 = ParallelConfig(dp=2, microbatch_size=4)
-STAGES = {stage: replace(ZERO1, engine=Engine.deepspeed, zero_stage=stage) for stage in (1, 2, 3)}
-
-
-def offloaded(parallel: ParallelConfig) -> ParallelConfig:
-    return replace(parallel, offload=Offload.cpu)
-
-
-def config_of(parallel: ParallelConfig, compute: Compute = Compute.bf16, **optimizer: Any) -> RunConfig:
-    config = run_config(parallel, compute)
-    return replace(config, model=SMALL, optimizer=replace(RULES, **optimizer))
-
-
-def build(mesh: Mesh, config: RunConfig) -> StageParts:
-    return build_stage(config, config.stages["parity"], device=CPU, mesh=mesh)
-
-
-def batch_of(mesh: Mesh, step: int) -> Batch:
-    rows_BW = token_rows(step).chunk(mesh.dp.size)[mesh.dp.rank]
-    return make_batch(rows_BW, num_mtp_layers=DEPTHS, device=CPU, mesh=mesh)
-
-
-def passes(parts: StageParts, step: int = 0, *, loss_scale: float = 1.0) -> None:
-    """Run the forward and backward passes of a step and sum its gradients."""
-    parts.schedule.step(batch_of(parts.mesh, step), mtp_weight=0.3, loss_scale=loss_scale)
-    parts.engine.reduce()
-
-
-def update(parts: StageParts, *, loss_scale: float = 1.0, finite: bool = True) -> tuple[float, bool]:
-    done = parts.engine.update(lr=2e-3, max_norm=0.3, loss_scale=loss_scale, finite=finite)
-    return done.grad_norm, done.skipped
-
-
-def whole(holdings: dict[str, Holding]) -> dict[str, Tensor]:
-    """Return every tensor of which the processes hold pieces; NaN where nobody has any."""
-    shapes = {name: tuple(held.shape) for name, held in holdings.items()}
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (shapes, boxes_of(holdings)))
-    tensors: dict[str, Tensor] = {}
-    for shapes, boxes in gathered:
-        for name, shape in shapes.items():
-            tensor = tensors.setdefault(name, torch.full(shape, torch.nan))
-            for offsets, values in boxes[name]:
-                place = tuple(slice(a, a + n) for a, n in zip(offsets, values.shape, strict=True))
-                tensor[place] = values.float()
-    return tensors
-
-
-def everything(parts: StageParts) -> dict[str, Tensor]:
-    """Return weights and moments; the model must compute with just these weights, rounded."""
-    state = whole(parts.tensors())
-    with parts.engine.whole_parameters():
-        for name, parameter in parts.model.named_parameters().items():
-            master = parts.model.sharding.share(name).of(state[f"model.{name}"])
-            assert torch.equal(parameter, master.to(parameter.dtype)), name
-    return state
-
-
-def distance(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Return the largest difference of a tensor over its largest element; infinite for other names or NaN."""
-    if mine.keys() != theirs.keys():
-        return float("inf")
-    worst = [
-        float((mine[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-        for name, expected in theirs.items()
-    ]
-    return max(w if w == w else float("inf") for w in worst)
-
-
-def equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
-
-
-# Gradients, norm, state
 
 
 def two_steps(
@@ -156,6 +83,7 @@ def test_a_pipeline_rank_without_fp32_parameters() -> None:
     assert run_ranks(2, against_zero1, Layout(pp=2), first, [second, offloaded(second)]) == [[], []]
 
 
+@pytest.mark.slow
 def test_stages_2_and_3_with_experts_and_tensors_split() -> None:
     first = replace(ZERO1, dp=1, tp=2, ep=2)
     others = [replace(first, engine=Engine.deepspeed, zero_stage=stage) for stage in (2, 3)]
@@ -205,13 +133,7 @@ def save(place: Path, parts: StageParts) -> None:
     save_tensors(place, parts.tensors(), group=parts.mesh.world)
 
 
-def next_step(parts: StageParts) -> dict[str, Tensor]:
-    passes(parts, 2)
-    update(parts)
-    return everything(parts)
-
-
-@pytest.mark.parametrize("moments", list(Moments))
+@pytest.mark.parametrize("moments", [Moments.fp32, pytest.param(Moments.bf16, marks=pytest.mark.slow)])
 def test_a_state_goes_through_every_stage_and_back_unchanged(moments: Moments, tmp_path: Path) -> None:
     """Bit by bit; moments of the step after it may round to the next BF16 number."""
     between = [STAGES[1], STAGES[3], offloaded(STAGES[2])]
@@ -254,7 +176,7 @@ def boxes_in_place(holdings: dict[str, Holding]) -> list[Tensor]:
 
 
 def test_a_step_left_out_changes_nothing_and_leaves_nothing() -> None:
-    several = [*STAGES.values(), offloaded(STAGES[2]), offloaded(STAGES[3])]
+    several = [STAGES[1], STAGES[3], offloaded(STAGES[2])]
     assert run_ranks(2, leave_out, several) == [[], []]
 
 
@@ -286,66 +208,9 @@ def recomputed(rank: int) -> list[float]:
     return [distance(mine, gradients[0]) for mine in gradients[1:]]
 
 
+@pytest.mark.slow
 def test_stage_3_fetches_weights_for_recomputation() -> None:
     assert max(run_ranks(2, recomputed)[0]) <= 5e-6
-
-
-# Memory
-
-
-def live_bytes(parts: list[StageParts]) -> int:
-    """Return the bytes of all tensors of this process, gradients of parameters included."""
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
-    for part in parts:
-        tensors += [p.grad for p in part.model.named_parameters().values() if p.grad is not None]
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def memory(rank: int, parallel: ParallelConfig) -> tuple[list[int], list[int], list[str]]:
-    """Return what a process holds and should hold, and experts that stayed whole in a backward pass.
-
-    What it holds: weights and optimizer state between steps, gradients after the passes of one.
-    """
-    mesh = build_mesh(DP2, rank=rank)
-    batch = batch_of(mesh, 1)
-    before = live_bytes([])
-    parts = build(mesh, config_of(parallel))
-    named = parts.model.named_parameters()
-    sizes = {
-        name: (math.prod(getattr(p, "ds_shape", p.shape)), p.element_size()) for name, p in named.items()
-    }
-    passes(parts)
-    update(parts)
-    state = live_bytes([parts]) - before
-
-    experts = {name: parameter for name, parameter in named.items() if ".experts." in name}
-    whole_experts: list[str] = []
-    named["layers.0.attn_norm.weight"].register_post_accumulate_grad_hook(
-        lambda parameter: whole_experts.extend(name for name, p in experts.items() if p.numel())
-    )
-    parts.schedule.step(batch, mtp_weight=0.3)
-    gradients = live_bytes([parts]) - before - state
-    return [state, gradients], planned(sizes, parallel.zero_stage), whole_experts
-
-
-def planned(sizes: dict[str, tuple[int, int]], stage: int) -> list[int]:
-    """Return the bytes of weights and optimizer state, and of gradients, from elements and bytes of each."""
-    count = sum(count for count, _ in sizes.values())
-    optimizer, weights = (4 + 4 + 4) * count // 2, sum(count * width for count, width in sizes.values())
-    if stage < 3:
-        return [weights + optimizer, 4 * count // stage]
-    kept = ("head.weight", "norm.weight", ".gate.weight")
-    kept_whole = sum(c * width for name, (c, width) in sizes.items() if name.endswith(kept))
-    return [weights // 2 + kept_whole + optimizer + 4 * count // 2 + 4 * BUCKET_ELEMENTS, 0]
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_process_holds_its_share_and_no_more(stage: int) -> None:
-    for held, expected, whole_experts in run_ranks(2, memory, STAGES[stage]):
-        largest = 8192  # stage 2 keeps the whole gradient of a weight of which it owns a part
-        assert held == pytest.approx(expected, rel=0.01, abs=largest)
-        assert (whole_experts == []) == (stage == 3)
 
 
 def test_the_default_engine_does_not_load_deepspeed() -> None:

@@ -10,14 +10,17 @@ from model.config import Compute
 from parallel.config import ParallelConfig
 from parallel.forked import run_ranks
 from parallel.layout import Layout
+from train.engines.choose import deepspeed_engine
 from train.parity.command import as_json, table
 from train.parity.compare import TOLERANCE, compare
 from train.parity.layouts import DEFAULT, parse
-from train.parity.task import STEPS, Record, run_task
+from train.parity.matrix import run_layout
+from train.parity.task import CPU, STEPS, Record, run_task
 
 
 @pytest.fixture(scope="module")
 def reference() -> Record:
+    deepspeed_engine(CPU)  # once here, rather than in every process that is forked
     return run_task(0, Layout(), ParallelConfig())
 
 
@@ -36,8 +39,7 @@ def test_the_task_has_what_goes_wrong(reference: Record) -> None:
 
 @pytest.mark.parametrize("name", DEFAULT)
 def test_a_layout_repeats_one_process(name: str, reference: Record) -> None:
-    layout = parse(name)
-    row = compare(name, run_ranks(layout.world_size, run_task, layout.layout, layout.parallel), reference)
+    row = compare(name, run_layout(parse(name)), reference)
     assert row.passed, row
     # routing is discrete: as long as no choice flips, counts and biases are equal to the last bit
     assert row.load

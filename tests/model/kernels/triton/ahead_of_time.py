@@ -1,7 +1,7 @@
 """Compiling a Triton kernel for GPUs that this machine lacks, and reading what came out.
 
-`triton.compile` needs no driver. The machine code says what a launch would use: registers of a thread, bytes of
-its stack (a register that is spilled goes there), shared memory of a block, tensor-core instructions.
+`triton.compile` needs no driver. The machine code says what a launch would use: registers of a thread, bytes
+of its stack (a register that is spilled goes there), shared memory of a block, tensor-core instructions.
 
 Only for processes without TRITON_INTERPRET, which turns kernels into something that cannot be compiled.
 """
@@ -29,8 +29,8 @@ MATRIX_PRODUCT = {"sm_90a": "wgmma.mma_async", "sm_100a": "tcgen05.mma"}
 class Variant:
     """One kernel as it would be launched. `types` and `constants` name its parameters.
 
-    Pointers and integers count as multiples of 16 unless `unaligned` names them: what a launch with V3's
-    shapes specialises on.
+    Pointers and integers are taken for multiples of 16, on which a launch specialises, unless `unaligned`
+    names them: numbers of rows, which may be anything.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas made of a variant: registers of a thread, bytes of stack, bytes of shared memory, matrix
-    instructions, and whether they read FP8.
+    """What ptxas made of a variant: registers of a thread, bytes of its stack, bytes of shared memory, matrix
+    instructions, those of them that read FP8, and divisions that are not exactly rounded.
     """
 
     registers: int
@@ -53,6 +53,7 @@ class Compiled:
     shared: int
     products: int
     fp8_products: int
+    inexact_divisions: int
 
 
 def compile_for(variant: Variant, target: str) -> Compiled:
@@ -65,7 +66,8 @@ def compile_for(variant: Variant, target: str) -> Compiled:
     source = ASTSource(variant.kernel, signature, dict(variant.constants), attributes)
     binary = triton.compile(source, target=TARGETS[target], options=dict(variant.options))
     assert f".target {target}" in binary.asm["ptx"]
-    products = re.findall(rf"{re.escape(MATRIX_PRODUCT[target])}\S*", binary.asm["ptx"])
+    ptx = binary.asm["ptx"]
+    products = re.findall(rf"{re.escape(MATRIX_PRODUCT[target])}\S*", ptx)
     usage = _resource_usage(binary.asm["cubin"])
     return Compiled(
         registers=usage["REG"],
@@ -73,6 +75,7 @@ def compile_for(variant: Variant, target: str) -> Compiled:
         shared=binary.metadata.shared,
         products=len(products),
         fp8_products=sum("e4m3.e4m3" in p or "kind::f8f6f4" in p for p in products),
+        inexact_divisions=len(re.findall(r"div\.(full|approx)|rcp\.approx", ptx)),
     )
 
 

@@ -11,6 +11,7 @@ def check_compiled(variant: Variant, target: str) -> None:
     compiled = compile_for(variant, target)
     assert compiled.stack == 0, "registers spilled"
     assert compiled.shared <= 227 * 1024, "more shared memory than a block may have"
+    assert compiled.inexact_divisions == 0, "a quotient that is not exactly rounded may have another code"
     if variant.multiplies:
         # 128 of K are four instructions of 32 for each 64 rows (sm_90) or more
         assert compiled.products >= 4
