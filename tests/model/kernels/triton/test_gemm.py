@@ -37,7 +37,7 @@ def check_linear(rows: int, width: int, outputs: int, power_of_two: bool) -> Non
 
 
 def check_configurations() -> None:
-    """Compare the products in every tile that autotuning may choose; otherwise the first one is interpreted."""
+    """Compare in every tile that autotuning may choose; otherwise the first one is interpreted."""
     for name in ("BLOCK_SCALES", "ROW_SCALES"):
         for config in getattr(gemm, name):
             with pytest.MonkeyPatch.context() as patch:
