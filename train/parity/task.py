@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.config import AttentionConfig, Compute, ModelConfig, MoEConfig, PrecisionConfig
+from model.config import AttentionConfig, Compute, Gemm, ModelConfig, MoEConfig, PrecisionConfig
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
@@ -84,13 +84,13 @@ class Record:
     biases: dict[str, Tensor]
 
 
-def run_config(parallel: ParallelConfig, compute: Compute) -> RunConfig:
+def run_config(parallel: ParallelConfig, compute: Compute, gemm: Gemm = Gemm.compute) -> RunConfig:
     """Return the configuration of the task under a layout."""
     return RunConfig(
         seed=3,
         device="cpu",
         model=MODEL,
-        precision=PrecisionConfig(compute=compute),
+        precision=PrecisionConfig(compute=compute, gemm=gemm),
         parallel=parallel,
         optimizer=OPTIMIZER,
         stages={"parity": StageConfig(seq_len=SEQ_LEN, num_tokens=1)},
@@ -108,10 +108,16 @@ def token_rows(step: int) -> Tensor:
     return rows_BW
 
 
-def run_task(rank: int, layout: Layout, parallel: ParallelConfig, compute: Compute = Compute.fp32) -> Record:
+def run_task(
+    rank: int,
+    layout: Layout,
+    parallel: ParallelConfig,
+    compute: Compute = Compute.fp32,
+    gemm: Gemm = Gemm.compute,
+) -> Record:
     """Take the steps as process `rank` of a layout; all its processes call this together."""
     mesh = build_mesh(layout, rank=rank)
-    config = run_config(parallel, compute)
+    config = run_config(parallel, compute, gemm)
     parts = build_stage(config, config.stages["parity"], device=CPU, mesh=mesh)
     steps = [take_step(parts, config, step) for step in range(STEPS)]
     with parts.engine.whole_parameters():

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from model.config import Compute
+from model.config import Compute, Gemm
 from parallel.config import ParallelConfig
 from parallel.forked import run_ranks
 from parallel.layout import Layout
 from train.engines.choose import deepspeed_engine
 from train.parity.command import as_json, table
-from train.parity.compare import TOLERANCE, compare
+from train.parity.compare import TOLERANCE, Row, compare
 from train.parity.layouts import DEFAULT, parse
 from train.parity.matrix import run_layout
 from train.parity.task import CPU, STEPS, Record, run_task
@@ -55,16 +55,26 @@ def test_one_process_is_itself(reference: Record, tmp_path: Path) -> None:
     assert table([row]).row_count == 1
 
 
-@pytest.mark.parametrize("name", ["dp4_replicate2", "pp2_1f1b", "pp2_dualpipev", "pp2_zbv_dp2"])
-def test_bf16_gradients_are_summed_in_fp32(name: str) -> None:
-    """These layouts leave each microbatch's own arithmetic alone, so BF16 has no excuse: only sums differ.
+def first_step(name: str, compute: Compute, gemm: Gemm) -> Row:
+    """Compare one step of a layout with one process that computes in the same types.
 
-    One step: afterwards a weight may round to another BF16 value. A sum in BF16 would be off by 2^-9.
+    One step: afterwards a weight may round to another value.
     """
     layout = parse(name)
-    expected = run_task(0, Layout(), ParallelConfig(), Compute.bf16)
-    records = run_ranks(layout.world_size, run_task, layout.layout, layout.parallel, Compute.bf16)
+    expected = run_task(0, Layout(), ParallelConfig(), compute, gemm)
+    records = run_ranks(layout.world_size, run_task, layout.layout, layout.parallel, compute, gemm)
     first = [replace(record, steps=record.steps[:1]) for record in records]
-    row = compare(name, first, replace(expected, steps=expected.steps[:1]))
+    return compare(name, first, replace(expected, steps=expected.steps[:1]))
+
+
+@pytest.mark.parametrize("gemm", [Gemm.compute, Gemm.fp8_reference])
+@pytest.mark.parametrize("name", ["dp4_replicate2", "pp2_1f1b", "pp2_dualpipev", "pp2_zbv_dp2"])
+def test_low_precision_gradients_are_summed_in_fp32(name: str, gemm: Gemm) -> None:
+    """These layouts leave each microbatch's own arithmetic alone, so BF16 and FP8 have no excuse.
+
+    Only the order of FP32 sums differs. A sum in BF16 would be off by 2^-9. (Layouts that split a sequence, a
+    weight or the rows of an expert quantise other tiles together.)
+    """
+    row = first_step(name, Compute.bf16, gemm)
     assert row.load
     assert max(row.loss, row.balance_loss, row.grad_norm, row.gradient.distance) < TOLERANCE, row
