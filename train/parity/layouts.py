@@ -54,25 +54,22 @@ def _with(parallel: ParallelConfig, word: str, name: str) -> ParallelConfig:
     """Return the layout with one word of its name applied."""
     if word in SCHEDULES:
         return replace(parallel, schedule=Schedule(word))
-    match re.fullmatch(r"([a-z]+)(\d*)", word):
-        case None:
-            pass
-        case found if (kind := found[1]) in DEGREES and found[2]:
-            return replace(parallel, **{kind: int(found[2])})
-        case found if kind == "replicate" and found[2]:
-            return replace(parallel, dp_replicate=int(found[2]))
-        case found if kind == "twohop" and found[2]:
-            return replace(parallel, dispatcher=Dispatcher.two_hop, node_size=int(found[2]))
-        case found if kind == "ulysses":
+    found = re.fullmatch(r"([a-z]+)(\d*)", word)
+    match found.groups() if found else ("", ""):
+        case kind, number if kind in DEGREES and number:
+            return replace(parallel, **{kind: int(number)})
+        case "replicate", number if number:
+            return replace(parallel, dp_replicate=int(number))
+        case "twohop", number if number:
+            return replace(parallel, dispatcher=Dispatcher.two_hop, node_size=int(number))
+        case "ulysses", "":
             return replace(parallel, context=Context.ulysses)
-        case found if kind == "deepspeed":
-            return replace(parallel, engine=Engine.deepspeed, zero_stage=int(found[2] or 1))
-        case found if kind == "zero" and found[2] == "1":
+        case "deepspeed", number:
+            return replace(parallel, engine=Engine.deepspeed, zero_stage=int(number or 1))
+        case "zero", "1":
             return replace(parallel, engine=Engine.zero1)
-        case found if kind == "offload":
+        case "offload", "":
             return replace(parallel, offload=Offload.cpu)
-        case _:
-            pass
     raise ValueError(
         f"{name}: {word!r} is not understood; join degrees ({', '.join(f'{d}2' for d in DEGREES)}), "
         f"a schedule ({', '.join(SCHEDULES)}), an engine (zero1, deepspeed1..3) and options "
