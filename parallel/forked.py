@@ -4,6 +4,7 @@ Processes are forked after torch was imported, which is many times faster than s
 meet through a file, so no port can be taken, and each runs one thread.
 """
 
+import gc
 import io
 import multiprocessing
 import os
@@ -59,6 +60,8 @@ def _rank_main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    # what the parent has thrown away is not to be collected here: that may wait for threads that did not come
+    gc.freeze()
     try:
         torch.set_num_threads(1)
         dist.init_process_group(

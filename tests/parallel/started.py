@@ -1,5 +1,6 @@
 """Processes started as a launcher would, for tests that end them in every way."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -114,6 +115,7 @@ def free_port() -> int:
 
 
 def _run(output: Path, environment: dict[str, str], main: Callable[[], None]) -> None:
+    gc.freeze()  # stores of the parent would wait for threads that did not come along
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
