@@ -11,7 +11,8 @@ import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -36,19 +37,33 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         ends: list[Connection] = []
         processes = []
-        for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
-            target = (theirs, f"{folder}/store", rank, world_size, timeout_s, function, args)
-            processes.append(context.Process(target=_rank_main, args=target, daemon=True))
-            processes[-1].start()
-            theirs.close()
-            ends.append(ours)
+        with uncollected():
+            for rank in range(world_size):
+                ours, theirs = context.Pipe(duplex=False)
+                target = (theirs, f"{folder}/store", rank, world_size, timeout_s, function, args)
+                processes.append(context.Process(target=_rank_main, args=target, daemon=True))
+                processes[-1].start()
+                theirs.close()
+                ends.append(ours)
         try:
             return _collect(ends, timeout_s)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep what this process has thrown away from being collected by the processes that are forked inside.
+
+    It may be something, such as a store, whose end waits for a thread; threads do not come along.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _rank_main(
@@ -60,8 +75,6 @@ def _rank_main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    # what the parent has thrown away is not to be collected here: that may wait for threads that did not come
-    gc.freeze()
     try:
         torch.set_num_threads(1)
         dist.init_process_group(

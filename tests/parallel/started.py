@@ -1,6 +1,5 @@
 """Processes started as a launcher would, for tests that end them in every way."""
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.forked import uncollected
+
 
 class Started:
     """The processes of one job, forked after torch was imported, with their output in files of `folder`."""
@@ -27,8 +28,9 @@ class Started:
             context.Process(target=_run, args=(folder / str(index), environment, main), daemon=True)
             for index, environment in enumerate(environments)
         ]
-        for process in self.processes:
-            process.start()
+        with uncollected():
+            for process in self.processes:
+                process.start()
 
     def wait_for(self, text: str, *, ranks: list[int], within_s: float = 30) -> None:
         """Return when each of `ranks` has printed `text`."""
@@ -115,7 +117,6 @@ def free_port() -> int:
 
 
 def _run(output: Path, environment: dict[str, str], main: Callable[[], None]) -> None:
-    gc.freeze()  # stores of the parent would wait for threads that did not come along
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
