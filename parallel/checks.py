@@ -158,6 +158,9 @@ def _tensors(asked: _Asked) -> Iterator[str]:
     for name, width in split.items():
         if width % tp:
             yield f"tp={tp} must divide {name}={width}; use {nearest(tp, divisors(gcd(*split.values())))}"
+    node = asked.config.node_size
+    if asked.world_size > node and node % tp:
+        yield f"tp={tp} reaches beyond a node of node_size={node}; use {nearest(tp, divisors(node))}"
 
 
 def _split_over_tp(model: ModelConfig) -> dict[str, int]:

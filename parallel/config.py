@@ -72,7 +72,7 @@ class ParallelConfig:
     layers_per_stage: list[int] = field(default_factory=list[int])  # empty: balanced by cost
     dispatcher: Dispatcher = Dispatcher.alltoall
     context: Context = Context.gather
-    node_size: int = 8  # processes per node, for two_hop
+    node_size: int = 8  # processes per node: two_hop spreads tokens inside it, tp stays inside it
     engine: Engine = Engine.zero1
     zero_stage: int = 1  # of the deepspeed engine; zero1 is stage 1
     offload: Offload = Offload.none

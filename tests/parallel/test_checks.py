@@ -227,6 +227,13 @@ def test_without_pipeline_parallelism_the_schedule_does_not_matter():
     assert found(1, schedule=Schedule("dualpipev"), batches=(1,)) == []
 
 
+def test_tensor_parallelism_stays_inside_a_node():
+    lines = found(16, tp=16, node_size=8)
+    assert "parallel.tp=16 reaches beyond a node of node_size=8; use 8" in lines
+    assert not [line for line in found(16, tp=16, node_size=16) if "beyond a node" in line]
+    assert not [line for line in found(2, tp=2, node_size=3) if "beyond a node" in line]
+
+
 def test_what_the_engines_cannot_do():
     assert found(2, zero_stage=2, offload=Offload.cpu) == [
         "parallel.zero_stage=2 needs engine=deepspeed; use 1, or engine=deepspeed",
