@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from parallel.config import ParallelConfig
-from parallel.cost import rank_memory
+from parallel.cost import DEEPSPEED_BUCKET_ELEMENTS, rank_memory
 from parallel.mesh import build_mesh
 from tests.distributed import run_ranks
 from tests.train.engines.runs import DP2, STAGES, batch_of, build, config_of, passes, update
@@ -70,7 +70,11 @@ def test_a_process_holds_its_share_and_no_more(stage: int) -> None:
     expected = planned(STAGES[stage])
     for held, whole_experts in run_ranks(2, memory, STAGES[stage]):
         largest = 8192  # stage 2 keeps the whole gradient of a weight of which it owns a part
-        assert held == pytest.approx(expected, rel=0.01, abs=largest)
+        # stage 3's bucket has a fixed size, beside which the rest of so small a model would not show
+        bucket = 4 * DEEPSPEED_BUCKET_ELEMENTS if stage == 3 else 0
+        assert [held[0] - bucket, held[1]] == pytest.approx(
+            [expected[0] - bucket, expected[1]], rel=0.01, abs=largest
+        )
         assert (whole_experts == []) == (stage == 3)
 
 
