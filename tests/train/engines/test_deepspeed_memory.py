@@ -72,9 +72,8 @@ def test_a_process_holds_its_share_and_no_more(stage: int) -> None:
         largest = 8192  # stage 2 keeps the whole gradient of a weight of which it owns a part
         # stage 3's bucket has a fixed size, beside which the rest of so small a model would not show
         bucket = 4 * DEEPSPEED_BUCKET_ELEMENTS if stage == 3 else 0
-        assert [held[0] - bucket, held[1]] == pytest.approx(
-            [expected[0] - bucket, expected[1]], rel=0.01, abs=largest
-        )
+        assert held[0] - bucket == pytest.approx(expected[0] - bucket, rel=0.005)
+        assert held[1] == pytest.approx(expected[1], rel=0.01, abs=largest)
         assert (whole_experts == []) == (stage == 3)
 
 
