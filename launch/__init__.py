@@ -1,1 +1,1 @@
-"""Starting jobs on one machine or many."""
+"""What surrounds a job: plans, dry runs, checks before the start, and starting it on one machine or many."""

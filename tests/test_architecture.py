@@ -23,6 +23,7 @@ TORCH_FREE = (
     "model.cost",
     "data.config",
     "parallel.config",
+    "parallel.cluster",
     "parallel.layout",
     "parallel.pipeline.rules",
     "parallel.placement",

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from data.config import DataConfig
 from model.config import ModelConfig, PrecisionConfig, YarnConfig
+from parallel.cluster import ClusterConfig
 from parallel.config import ParallelConfig
 
 
@@ -263,14 +264,6 @@ class EvaluationConfig:
             for name in ("num_tokens", "needle_depths", "needle_lengths", "needle_trials")
             if getattr(self, name) < 1
         ]
-
-
-@dataclass(kw_only=True, slots=True)
-class ClusterConfig:
-    """The machine the figures are compared with."""
-
-    name: str = "cpu"
-    peak_tflops: float | None = None  # dense BF16 peak of one device; null: no MFU is reported
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,7 +10,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from train.config import RunConfig
-from train.config_store import register, to_run_config
+from train.config_store import compose_run as _compose_run
+from train.config_store import register
 
 RECIPES = ("smoke", "single_gpu", "v3_16b", "deepseek_v3")
 FOLDER = Path(__file__).parent / "configs"
@@ -18,7 +19,7 @@ FOLDER = Path(__file__).parent / "configs"
 
 def compose_run(*overrides: str) -> RunConfig:
     """Return the typed configuration of `python -m train OVERRIDES`."""
-    return to_run_config(_compose(overrides))
+    return _compose_run(overrides)
 
 
 def golden_text(recipe: str) -> str:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import data.config
 import model.config
+import parallel.cluster
 import parallel.config
 import train.config
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configs.md"
 MARK = "<!-- generated: python -m tests.golden.config_reference -->"
-MODULES = (train.config, model.config, parallel.config, data.config)
+MODULES = (train.config, model.config, parallel.config, parallel.cluster, data.config)
 
 
 def reference() -> str:

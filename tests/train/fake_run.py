@@ -17,7 +17,8 @@ import torch
 
 from model.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 from model.cost import flops_per_token
-from train.config import BatchConfig, ClusterConfig, LoggingConfig, RunConfig, StageConfig, WandbMode
+from parallel.cluster import ClusterConfig
+from train.config import BatchConfig, LoggingConfig, RunConfig, StageConfig, WandbMode
 from train.logs.metrics import StepResult, step_record
 from train.logs.sinks import JsonlSink
 from train.stored_config import config_text

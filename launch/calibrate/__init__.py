@@ -1,0 +1,1 @@
+"""The efficiencies of this machine, measured."""

@@ -1,0 +1,1 @@
+"""What a recipe will need on a cluster, and which layout is best, before a device is booked."""

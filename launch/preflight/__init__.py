@@ -1,0 +1,1 @@
+"""Whether the machines of a job are fit to start it."""
