@@ -1,6 +1,6 @@
 """`python -m train.parity`: prove parallel layouts against one process, gradient by gradient.
 
-Starts the processes itself (gloo, on this machine), takes two optimizer steps of a small model under each
+Starts the processes itself (gloo, on this machine), takes optimizer steps of a small model under each
 layout, and prints how far loss, every gradient, the gradient norm, every router bias and every parameter are
 from those of one process on the same global batch. Exit codes: 0 every row is within the tolerance, 1 a row
 is not, 2 a layout cannot be run.
@@ -11,7 +11,10 @@ import os
 import sys
 from pathlib import Path
 
+from model.config import Gemm
 from train.errors import RunError, exit_cleanly
+
+GEMMS = (Gemm.compute.value, Gemm.fp8_reference.value)
 
 
 def main() -> None:
@@ -20,6 +23,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser = argparse.ArgumentParser(prog="python -m train.parity", description=__doc__)
     parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="such as pp2_dualpipev_ep2_tp2")
+    parser.add_argument("--gemm", choices=GEMMS, default=GEMMS[0], help="what multiplies inside the blocks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON as well")
     options = parser.parse_args()
     with exit_cleanly():
@@ -28,7 +32,7 @@ def main() -> None:
 
         if options.json and not options.json.parent.is_dir():
             raise RunError(f"--json {options.json}: the folder does not exist; make it first")
-        sys.exit(0 if prove(options.layouts, json_file=options.json) else 1)
+        sys.exit(0 if prove(options.layouts, gemm=Gemm(options.gemm), json_file=options.json) else 1)
 
 
 if __name__ == "__main__":

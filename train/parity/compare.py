@@ -16,6 +16,16 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far a layout may be from one process."""
+
+    loss: float = TOLERANCE
+    gradient: float = TOLERANCE
+    grad_norm: float = TOLERANCE
+    parameter: float = TOLERANCE
+
+
+@dataclass(frozen=True, kw_only=True)
 class Worst:
     """The largest distance among tensors, and whose it is."""
 
@@ -37,15 +47,21 @@ class Row:
     bias: float
     load: bool
     """Whether every expert's exact count is the same."""
+    tolerance: Tolerance = Tolerance()
     seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
         """Return whether everything is within the tolerance."""
-        distances = (self.loss, self.balance_loss, self.grad_norm, self.bias)
-        worst = (self.gradient.distance, self.parameter.distance)
+        limit = self.tolerance
         # written so that NaN fails
-        return self.load and all(distance <= TOLERANCE for distance in (*distances, *worst))
+        return (
+            self.load
+            and max(self.loss, self.balance_loss, self.bias) <= limit.loss
+            and self.grad_norm <= limit.grad_norm
+            and self.gradient.distance <= limit.gradient
+            and self.parameter.distance <= limit.parameter
+        )
 
 
 def compare(layout: str, records: Sequence[Record], reference: Record) -> Row:

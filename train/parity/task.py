@@ -1,8 +1,15 @@
-"""The two optimizer steps that every layout has to repeat, and what is recorded of them.
+"""The optimizer steps that every layout has to repeat, and what is recorded of them.
 
 The model has everything that goes wrong in composed layouts: MTP, the sequence-wise balance loss,
 node-limited routing with its bias, shared experts, uneven numbers of targets per sequence, clipping that
-acts, and tokens routed unevenly. All is FP32, so that what is left of a difference is the order of summation.
+acts, and tokens routed unevenly.
+
+`PLAIN` is two steps in FP32, so that what is left of a difference is the order of summation. `FP8` is one
+step whose products in the blocks are FP8 and all else FP32. Its scales are powers of two: a code is then a
+number rounded to four significant bits whatever else shares its tile, so layouts that quantise other tiles
+together still compute the same. The order of summation may push a number over a rounding boundary, one of a
+million codes or so, and a layer later thousands have followed; hence few tokens, one step, and a seed at which
+nothing lies that near to a boundary.
 
 Legend: B sequences of the global batch, W = S + 1 + MTP depths tokens of a row.
 """
@@ -13,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.config import AttentionConfig, Compute, Gemm, ModelConfig, MoEConfig, PrecisionConfig
+from model.config import AttentionConfig, Compute, Fp8Scales, Gemm, ModelConfig, MoEConfig, PrecisionConfig
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
@@ -23,7 +30,7 @@ from train.batch import IGNORED_LABEL, make_batch
 from train.build import StageParts, build_stage
 from train.config import Moments, OptimizerConfig, RunConfig, StageConfig
 
-SEQUENCES, SEQ_LEN, DEPTHS, STEPS = 16, 32, 1, 2
+SEQUENCES, DEPTHS = 16, 1
 CPU = torch.device("cpu")
 
 MODEL = ModelConfig(
@@ -60,6 +67,27 @@ OPTIMIZER = OptimizerConfig(
     max_grad_norm=0.5,
 )
 
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Steps to take: in which precision, on sequences of which length, on which tokens."""
+
+    precision: PrecisionConfig
+    seq_len: int = 32
+    steps: int = 2
+    seed: int = 100
+
+
+PLAIN = Task(precision=PrecisionConfig(compute=Compute.fp32))
+FP8 = Task(
+    precision=PrecisionConfig(
+        compute=Compute.fp32, gemm=Gemm.fp8_reference, fp8_scales=Fp8Scales.power_of_two
+    ),
+    seq_len=8,
+    steps=1,
+    seed=1010,
+)
+
 Boxes = dict[str, list[tuple[tuple[int, ...], Tensor]]]
 """By tensor, the boxes that a process holds of it: offsets in the whole tensor, values."""
 
@@ -84,42 +112,36 @@ class Record:
     biases: dict[str, Tensor]
 
 
-def run_config(parallel: ParallelConfig, compute: Compute, gemm: Gemm = Gemm.compute) -> RunConfig:
-    """Return the configuration of the task under a layout."""
+def run_config(parallel: ParallelConfig, task: Task) -> RunConfig:
+    """Return the configuration of a task under a layout."""
     return RunConfig(
         seed=3,
         device="cpu",
         model=MODEL,
-        precision=PrecisionConfig(compute=compute, gemm=gemm),
+        precision=task.precision,
         parallel=parallel,
         optimizer=OPTIMIZER,
-        stages={"parity": StageConfig(seq_len=SEQ_LEN, num_tokens=1)},
+        stages={"parity": StageConfig(seq_len=task.seq_len, num_tokens=1)},
     )
 
 
-def token_rows(step: int) -> Tensor:
+def token_rows(task: Task, step: int) -> Tensor:
     """Return the rows of the global batch [B, W], the later ones with ever fewer targets."""
-    generator = torch.Generator().manual_seed(100 + step)
+    generator = torch.Generator().manual_seed(task.seed + step)
     # squared, so that some tokens are frequent and the experts unevenly loaded
-    uniform_BW = torch.rand(SEQUENCES, SEQ_LEN + 1 + DEPTHS, generator=generator)
+    uniform_BW = torch.rand(SEQUENCES, task.seq_len + 1 + DEPTHS, generator=generator)
     rows_BW = (uniform_BW.square() * MODEL.vocab_size).long()
     for row in range(SEQUENCES):
-        rows_BW[row, SEQ_LEN + 2 - row :] = IGNORED_LABEL
+        rows_BW[row, max(2, task.seq_len + 2 - row) :] = IGNORED_LABEL
     return rows_BW
 
 
-def run_task(
-    rank: int,
-    layout: Layout,
-    parallel: ParallelConfig,
-    compute: Compute = Compute.fp32,
-    gemm: Gemm = Gemm.compute,
-) -> Record:
+def run_task(rank: int, layout: Layout, parallel: ParallelConfig, task: Task = PLAIN) -> Record:
     """Take the steps as process `rank` of a layout; all its processes call this together."""
     mesh = build_mesh(layout, rank=rank)
-    config = run_config(parallel, compute, gemm)
+    config = run_config(parallel, task)
     parts = build_stage(config, config.stages["parity"], device=CPU, mesh=mesh)
-    steps = [take_step(parts, config, step) for step in range(STEPS)]
+    steps = [take_step(parts, config, token_rows(task, step)) for step in range(task.steps)]
     with parts.engine.whole_parameters():
         parameters = {
             name: _boxes_of_whole_share(parts, name, parameter.detach())
@@ -129,10 +151,10 @@ def run_task(
     return Record(steps=steps, parameters=parameters, biases=biases)
 
 
-def take_step(parts: StageParts, config: RunConfig, step: int) -> StepRecord:
-    """Take one optimizer step on this process's share of the batch."""
+def take_step(parts: StageParts, config: RunConfig, all_rows_BW: Tensor) -> StepRecord:
+    """Take one optimizer step on this process's share of the global batch [B, W]."""
     mesh: Mesh = parts.mesh
-    rows_BW = token_rows(step).chunk(mesh.dp.size)[mesh.dp.rank]
+    rows_BW = all_rows_BW.chunk(mesh.dp.size)[mesh.dp.rank]
     batch = make_batch(rows_BW, num_mtp_layers=DEPTHS, device=CPU, mesh=mesh)
     output = parts.schedule.step(batch, mtp_weight=0.3)
     parts.engine.reduce()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.config import Compute
+from model.config import Compute, PrecisionConfig
 from parallel.config import Engine, Offload, ParallelConfig
 from parallel.layout import Layout
 from parallel.mesh import Mesh
@@ -17,7 +17,7 @@ from parallel.schedule import Batch
 from train.batch import make_batch
 from train.build import StageParts, build_stage
 from train.config import RunConfig
-from train.parity.task import CPU, DEPTHS, MODEL, OPTIMIZER, boxes_of, run_config, token_rows
+from train.parity.task import CPU, DEPTHS, MODEL, OPTIMIZER, PLAIN, Task, boxes_of, run_config, token_rows
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import train.engines.deepspeed  # noqa: F401  # here, not in every process that is started
@@ -34,7 +34,7 @@ def offloaded(parallel: ParallelConfig) -> ParallelConfig:
 
 
 def config_of(parallel: ParallelConfig, compute: Compute = Compute.bf16, **optimizer: Any) -> RunConfig:
-    config = run_config(parallel, compute)
+    config = run_config(parallel, Task(precision=PrecisionConfig(compute=compute)))
     return replace(config, model=SMALL, optimizer=replace(RULES, **optimizer))
 
 
@@ -43,7 +43,7 @@ def build(mesh: Mesh, config: RunConfig) -> StageParts:
 
 
 def batch_of(mesh: Mesh, step: int) -> Batch:
-    rows_BW = token_rows(step).chunk(mesh.dp.size)[mesh.dp.rank]
+    rows_BW = token_rows(PLAIN, step).chunk(mesh.dp.size)[mesh.dp.rank]
     return make_batch(rows_BW, num_mtp_layers=DEPTHS, device=CPU, mesh=mesh)
 
 

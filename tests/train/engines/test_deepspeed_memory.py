@@ -13,7 +13,7 @@ from tests.distributed import run_ranks
 from tests.train.engines.runs import DP2, STAGES, batch_of, build, config_of, passes, update
 from train.build import StageParts
 from train.config import Moments
-from train.parity.task import SEQ_LEN
+from train.parity.task import PLAIN
 
 
 def live_bytes(parts: list[StageParts]) -> int:
@@ -59,7 +59,7 @@ def planned(parallel: ParallelConfig) -> list[int]:
         compute=config.precision.compute,
         moment_bytes=2 if config.optimizer.moments is Moments.bf16 else 4,
         pp_rank=0,
-        seq_len=SEQ_LEN,
+        seq_len=PLAIN.seq_len,
     )
     state = memory.parameters + memory.optimizer + memory.buffers
     return [state + memory.gradients, 0] if parallel.zero_stage == 3 else [state, memory.gradients]

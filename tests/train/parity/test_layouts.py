@@ -8,6 +8,7 @@ from parallel.config import Context, Dispatcher, Engine, Schedule
 from train.errors import RunError
 from train.parity.command import chosen_layouts
 from train.parity.layouts import DEFAULT, parse
+from train.parity.task import PLAIN
 
 
 def test_the_words_of_a_name_come_in_any_order() -> None:
@@ -56,7 +57,7 @@ def test_a_name_that_means_nothing_is_refused(name: str) -> None:
 
 def test_every_layout_that_cannot_run_is_listed() -> None:
     with pytest.raises(RunError) as caught:
-        chosen_layouts(["dp2", "tp3", "dp2_what", "pp4_dualpipev_dp4"])
+        chosen_layouts(["dp2", "tp3", "dp2_what", "pp4_dualpipev_dp4"], PLAIN)
     message = str(caught.value)
     assert "tp3.tp=3" in message
     assert "'what'" in message
@@ -65,4 +66,4 @@ def test_every_layout_that_cannot_run_is_listed() -> None:
 
 
 def test_the_default_matrix_can_run() -> None:
-    assert [layout.name for layout in chosen_layouts(DEFAULT)] == list(DEFAULT)
+    assert [layout.name for layout in chosen_layouts(DEFAULT, PLAIN)] == list(DEFAULT)

@@ -3,19 +3,22 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from model.config import Compute, Gemm
+from model.config import Compute, Gemm, PrecisionConfig
 from parallel.config import ParallelConfig
 from parallel.forked import run_ranks
 from parallel.layout import Layout
+from train.build import StageParts, build_stage
 from train.engines.choose import deepspeed_engine
 from train.parity.command import as_json, table
 from train.parity.compare import TOLERANCE, Row, compare
 from train.parity.layouts import DEFAULT, parse
-from train.parity.matrix import run_layout
-from train.parity.task import CPU, STEPS, Record, run_task
+from train.parity.matrix import run_layout, tolerance
+from train.parity.task import CPU, FP8, PLAIN, Record, run_task
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def reference() -> Record:
 
 def test_the_task_has_what_goes_wrong(reference: Record) -> None:
     """Uneven loads, biases that move, clipping that acts, all losses, and no gradient of zero."""
-    assert len(reference.steps) == STEPS == 2
+    assert len(reference.steps) == PLAIN.steps == 2
     for step in reference.steps:
         assert len(step.loss_K) == 2
         assert step.balance_loss > 0
@@ -52,7 +55,7 @@ def test_one_process_is_itself(reference: Record, tmp_path: Path) -> None:
     written = json.loads(json.dumps(as_json([row])))
     assert written["passed"] is True
     assert written["rows"][0]["layout"] == "dp1"
-    assert table([row]).row_count == 1
+    assert table([row], PLAIN).row_count == 1
 
 
 def first_step(name: str, compute: Compute, gemm: Gemm) -> Row:
@@ -61,10 +64,11 @@ def first_step(name: str, compute: Compute, gemm: Gemm) -> Row:
     One step: afterwards a weight may round to another value.
     """
     layout = parse(name)
-    expected = run_task(0, Layout(), ParallelConfig(), compute, gemm)
-    records = run_ranks(layout.world_size, run_task, layout.layout, layout.parallel, compute, gemm)
-    first = [replace(record, steps=record.steps[:1]) for record in records]
-    return compare(name, first, replace(expected, steps=expected.steps[:1]))
+    task = replace(PLAIN, precision=PrecisionConfig(compute=compute, gemm=gemm), steps=1)
+    expected = run_task(0, Layout(), ParallelConfig(), task)
+    return compare(
+        name, run_ranks(layout.world_size, run_task, layout.layout, layout.parallel, task), expected
+    )
 
 
 @pytest.mark.parametrize("gemm", [Gemm.compute, Gemm.fp8_reference])
@@ -78,3 +82,50 @@ def test_low_precision_gradients_are_summed_in_fp32(name: str, gemm: Gemm) -> No
     row = first_step(name, Compute.bf16, gemm)
     assert row.load
     assert max(row.loss, row.balance_loss, row.grad_norm, row.gradient.distance) < TOLERANCE, row
+
+
+@pytest.fixture(scope="module")
+def fp8_reference() -> Record:
+    return run_task(0, Layout(), ParallelConfig(), FP8)
+
+
+FP8_LAYOUTS = (
+    "dp4_replicate2",
+    "dp2_deepspeed2",
+    "tp4",
+    "ep4",
+    "ep4_twohop2",
+    "cp2",
+    "cp2_ulysses",
+    "pp4_zbv",
+    "pp2_tp2_ep2_dp2",
+    "pp2_dualpipev_cp2_ep2",
+    "pp2_dualpipev_dp2_cp2_ep4",
+)
+"""One of each kind; `python -m train.parity --gemm fp8_reference` proves all."""
+
+
+@pytest.mark.parametrize("name", FP8_LAYOUTS)
+def test_a_layout_repeats_one_process_in_fp8(name: str, fp8_reference: Record) -> None:
+    layout = parse(name)
+    row = replace(compare(name, run_layout(layout, FP8), fp8_reference), tolerance=tolerance(layout, FP8))
+    assert row.passed, row
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_in_the_fp8_task_lies_at_a_rounding_boundary(seed: int, fp8_reference: Record) -> None:
+    """Noise of the size of an FP32 rounding error must not move a code: layouts sum in other orders."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturbed(*arguments: Any, **keywords: Any) -> StageParts:
+        parts = build_stage(*arguments, **keywords)
+        embedding = parts.model.named_parameters()["embed.weight"]
+        with torch.no_grad():
+            embedding *= 1 + 1e-7 * torch.randn(embedding.shape, generator=generator)
+        return parts
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("train.parity.task.build_stage", disturbed)
+        noisy = run_task(0, Layout(), ParallelConfig(), FP8)
+    row = compare("noisy", [noisy], fp8_reference)
+    assert row.gradient.distance < TOLERANCE, row
