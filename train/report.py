@@ -1,20 +1,24 @@
 """`python -m train.report RUN`: the whole run on one page, in one HTML file that opens without a network.
 
 Everything comes from the run directory: config.yaml, metrics.jsonl and evaluations/*.json. A report can be
-made while the run is going on, and what is not there yet is left out with a line that says why.
+made while the run is going on, and what is not there yet is left out with a line that says why. With
+`--beside OTHER…` the page begins with the losses of other runs next to this one's.
 """
 
 import argparse
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
 
 from model.cost import active_parameters, parameters
-from train.errors import exit_cleanly
+from train.errors import RunError, exit_cleanly
 from train.logs.console import duration, quantity
 from train.reporting.balance import balance_panels
+from train.reporting.beside import beside_panels
 from train.reporting.curves import loss_panel, schedule_panels, stability_panel
 from train.reporting.evaluation import evaluation_panels
+from train.reporting.fp8 import fp8_panels
 from train.reporting.page import Panel, Section, render_page
 from train.reporting.run_data import RunData, StageSummary, read_run, stage_summaries
 from train.reporting.speed import speed_panels
@@ -22,23 +26,32 @@ from train.reporting.timeline import Timeline, stage_colours
 from train.stored_config import config_text
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `run_dir`/report.html and return its path. Raises RunError when a file of the run is damaged."""
+def write_report(run_dir: Path, *, beside: Sequence[Path] = ()) -> Path:
+    """Write `run_dir`/report.html and return its path. Raises RunError when a file of a run is damaged."""
     run = read_run(run_dir)
+    others = [read_run(other) for other in beside]
+    names = [each.config.name for each in (run, *others)]
+    if len(set(names)) < len(names):
+        raise RunError(f"--beside: runs are told apart by name, but these are {', '.join(names)}; rename one")
     path = run_dir / "report.html"
     # Written aside first: a report that is open in a browser is never seen half written.
     draft = path.with_suffix(".html.part")
-    draft.write_text(report_page(run), encoding="utf-8")
+    draft.write_text(report_page(run, others), encoding="utf-8")
     draft.replace(path)
     return path
 
 
-def report_page(run: RunData) -> str:
-    """Return the HTML of the report of `run`."""
+def report_page(run: RunData, others: Sequence[RunData] = ()) -> str:
+    """Return the HTML of the report of `run`, beside `others`."""
+    compared = Section(
+        title="Beside other runs",
+        lead="The same tokens, another run.",
+        panels=beside_panels(run, others) if others else [],
+    )
     return render_page(
         title=f"{run.config.name} · training report",
         header=_header(run),
-        sections=_sections(run),
+        sections=([compared] if others else []) + _sections(run),
         footer=f"<details><summary>Configuration "
         f"(config.yaml)</summary><pre>{escape(config_text(run.config))}</pre></details>",
     )
@@ -67,6 +80,11 @@ def _sections(run: RunData) -> list[Section]:
             title="Experts",
             lead="How evenly the routers spread the tokens over their experts.",
             panels=balance_panels(run, timeline),
+        ),
+        Section(
+            title="FP8",
+            lead="What is lost where activations, gradients and weights are quantised, counted in some steps.",
+            panels=fp8_panels(run, timeline),
         ),
         Section(title="Speed", lead="What the machine made of it.", panels=speed_panels(run, timeline)),
     ]
@@ -199,9 +217,10 @@ def main() -> None:
     """Write the report of the run named on the command line and print where it is."""
     parser = argparse.ArgumentParser(prog="python -m train.report", description="Write report.html of a run.")
     parser.add_argument("run", type=Path, help="the run's directory, such as runs/smoke")
+    parser.add_argument("--beside", nargs="+", type=Path, default=[], metavar="OTHER", help="runs to compare")
     arguments = parser.parse_args()
     with exit_cleanly():
-        print(write_report(arguments.run))
+        print(write_report(arguments.run, beside=arguments.beside))
 
 
 if __name__ == "__main__":

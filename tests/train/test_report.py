@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.train.fake_run import LAYERS, NUM_EXPERTS, STAGES, FakeStage, write_fake_run
 from tests.train.report_reader import Page, array, known
+from train.errors import RunError
 from train.report import main, write_report
 from train.reporting.run_data import read_run
 from train.reporting.timeline import Timeline
@@ -210,3 +211,28 @@ def test_a_browser_draws_every_figure(page: Page, run_dir: Path, tmp_path: Path)
     ]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     assert len(re.findall(r'class="plot js-plotly-plot"', dom)) == len(page.figures)
+
+
+def test_runs_beside_each_other(run_dir: Path, tmp_path: Path):
+    """Curves and differences of the runs that were named, over the tokens both have seen."""
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("name: smoke", "name: other"))
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["loss"] = line["loss"] and 1.01 * line["loss"]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in (other / "evaluations").glob("*.json"):
+        result = json.loads(path.read_text())
+        result["held_out"]["loss"] *= 1.02
+        path.write_text(json.dumps(result))
+    page = Page(write_report(run_dir, beside=[other]))
+    losses = {trace["name"]: trace for trace in page.figure("Losses beside each other")["data"]}
+    assert losses.keys() == {"smoke", "other"}
+    (difference,) = page.figure("Difference from smoke")["data"]
+    np.testing.assert_allclose(known(difference["y"]), 1.0, rtol=1e-6)
+    assert "the farthest is +2.000 % away" in page.text
+    write_report(run_dir)
+    with pytest.raises(RunError, match="told apart by name"):
+        write_report(run_dir, beside=[run_dir])

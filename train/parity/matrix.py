@@ -15,9 +15,9 @@ from train.parity.task import CPU, FP8, PLAIN, Record, Task, run_task
 QUANTISED_BEFORE_SUMMED = Tolerance(gradient=0.5, grad_norm=2e-2, parameter=3e-2)
 """For FP8 where cp ranks gather latents: each makes keys and values of all tokens and gets the gradient of
 its own queries' use of them. One process quantises the sum of these gradients, cp ranks each their own part,
-and a sum of rounded numbers is not the rounded sum: an element moves by up to 1/16 of a part, and what follows
-it in the backward pass with it. The forward pass is the same, so losses and loads are held like all others.
-Ulysses moves heads and not gradients of shared keys, and is as close as the rest."""
+and a sum of rounded numbers is not the rounded sum: an element moves by up to 1/16 of a part, and what
+follows it in the backward pass with it. The forward pass is the same, so losses and loads are held like all
+others. Ulysses moves heads and not gradients of shared keys, and is as close as the rest."""
 
 
 def run_matrix(layouts: Sequence[NamedLayout], task: Task = PLAIN) -> Iterator[Row]:

@@ -8,8 +8,8 @@ acts, and tokens routed unevenly.
 step whose products in the blocks are FP8 and all else FP32. Its scales are powers of two: a code is then a
 number rounded to four significant bits whatever else shares its tile, so layouts that quantise other tiles
 together still compute the same. The order of summation may push a number over a rounding boundary, one of a
-million codes or so, and a layer later thousands have followed; hence few tokens, one step, and a seed at which
-nothing lies that near to a boundary.
+million codes or so, and a layer later thousands have followed; hence few tokens, one step, and a seed at
+which nothing lies that near to a boundary.
 
 Legend: B sequences of the global batch, W = S + 1 + MTP depths tokens of a row.
 """
