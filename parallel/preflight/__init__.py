@@ -1,0 +1,1 @@
+"""What the processes of a job find out about each other before the first step: clocks, links, groups."""
