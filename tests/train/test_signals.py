@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from train.signals import WATCHED, StopRequest
+from parallel.groups import Group
+from train.signals import STOP_FILE_VARIABLE, WATCHED, StopRequest
 
 
 @pytest.mark.parametrize("number", WATCHED)
@@ -40,6 +42,22 @@ def test_handlers_are_restored(interrupted: bool) -> None:
     with pytest.raises(ZeroDivisionError), StopRequest():
         _ = 1 / 0
     assert {number: signal.getsignal(number) for number in WATCHED} == before
+
+
+def test_the_first_process_looks_for_a_stop_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, world = tmp_path / "stop", Group("world")
+    monkeypatch.setenv(STOP_FILE_VARIABLE, str(file))
+    with StopRequest() as stop:
+        assert stop.agreed(world) is None
+        file.touch()
+        monkeypatch.setenv("RANK", "1")
+        assert stop.agreed(world) is None
+        monkeypatch.setenv("RANK", "0")
+        assert stop.agreed(world) == "SIGUSR1"
+        assert stop.agreed(world) == "SIGUSR1"
+    assert capfd.readouterr().err.count("SIGUSR1: saving a checkpoint after this step") == 1
 
 
 STUBBORN = """
