@@ -37,6 +37,10 @@ class Gemm(StrEnum):
     """The compute type."""
     fp8_reference = "fp8_reference"
     """Block-scaled FP8 (arXiv 2412.19437, section 3.3), emulated in plain torch."""
+    fp8_triton = "fp8_triton"
+    """The same by this project's Triton kernels; needs a GPU of compute capability 9.0 or more."""
+    fp8_te = "fp8_te"
+    """The same maps by Transformer Engine, with what its recipes leave open (docs/fp8.md)."""
 
 
 class Fp8Scales(StrEnum):
@@ -79,10 +83,18 @@ class PrecisionConfig:
     compute: Compute = Compute.bf16
     gemm: Gemm = Gemm.compute
     fp8_scales: Fp8Scales = Fp8Scales.deepseek  # without effect unless gemm is FP8
+    fp8_dispatch: bool = True  # tokens travel to experts as FP8 codes; without effect unless gemm is FP8
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+
+    @property
+    def exchanges_codes(self) -> bool:
+        """Return whether tokens travel to experts as FP8 codes, which they do only to experts in FP8."""
+        return self.fp8_dispatch and self.gemm is not Gemm.compute
 
     def problems(self) -> list[str]:
         """Return every broken rule."""
+        if self.gemm is Gemm.fp8_te and self.compute is not Compute.bf16:
+            return [f"gemm=fp8_te needs compute=bf16, not {self.compute}; use compute=bf16"]
         return []
 
 

@@ -3,6 +3,9 @@
 Legend: T tokens, D hidden, A experts per token, R = T * A routed rows, sorted by expert, E experts.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -41,9 +44,25 @@ class TokenDispatcher(Protocol):
         ...
 
 
+CountReader = Callable[[Tensor], list[int]]
+"""Gives the integers in a vector of counts."""
+
+_read_counts: ContextVar[CountReader] = ContextVar("read_counts", default=Tensor.tolist)
+
+
 def host_counts(counts_E: Tensor) -> list[int]:
     """Return counts as Python integers: the one place where the host waits for a routing decision."""
-    return counts_E.tolist()
+    return _read_counts.get()(counts_E)
+
+
+@contextmanager
+def counts_from(reader: CountReader) -> Iterator[None]:
+    """Let `reader` say what `host_counts` returns: in a dry run tensors have no values to be read."""
+    before = _read_counts.set(reader)
+    try:
+        yield
+    finally:
+        _read_counts.reset(before)
 
 
 class LocalDispatcher:

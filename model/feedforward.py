@@ -3,6 +3,8 @@
 Legend: B sequences, S length, D hidden, I intermediate.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +15,20 @@ from model.recompute import region
 from model.split import SequenceSplit, WholeSequences
 
 
+class GatedGemm(Protocol):
+    """What multiplies SwiGLU of gate and up [..., I] by the weight of the down projection, [D, I]."""
+
+    def __call__(self, gate: Tensor, up: Tensor, weight_DI: Tensor, /) -> Tensor:
+        """Return (silu(gate) * up) weight^T [..., D], differentiable in all three."""
+        ...
+
+
 class FeedForward(nn.Module):
-    """w2 (silu(w1 x) * w3 x); w1 is the gate, w3 the up and w2 the down projection."""
+    """w2 (silu(w1 x) * w3 x); w1 is the gate, w3 the up and w2 the down projection.
+
+    `gated_gemm`, where it is given, takes the place of SwiGLU and w2's product: a low-precision product may
+    want gate and up, rather than their product, for its backward pass.
+    """
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, *, dtype: torch.dtype, recompute: Recompute
@@ -24,9 +38,15 @@ class FeedForward(nn.Module):
         self.w1 = Linear(hidden_size, intermediate_size, dtype=dtype)
         self.w2 = Linear(intermediate_size, hidden_size, dtype=dtype)
         self.w3 = Linear(hidden_size, intermediate_size, dtype=dtype)
+        self.gated_gemm: GatedGemm | None = None
         self.split: SequenceSplit = WholeSequences()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return the network's output, shape and type of x [B, S, D]."""
         x_BSD = self.split.gather(x_BSD)
-        return self.split.scatter(self.w2(region(self.recompute, swiglu, self.w1(x_BSD), self.w3(x_BSD))))
+        gate_BSI, up_BSI = self.w1(x_BSD), self.w3(x_BSD)
+        if self.gated_gemm is not None:
+            y_BSD = self.gated_gemm(gate_BSI, up_BSI, self.w2.weight)
+        else:
+            y_BSD = self.w2(region(self.recompute, swiglu, gate_BSI, up_BSI))
+        return self.split.scatter(y_BSD)

@@ -17,7 +17,10 @@ class Role(StrEnum):
     """What a tensor of the open weights is to us."""
 
     WEIGHT = "weight"
-    """A parameter of ours, or one expert's slice of one."""
+    """A parameter of ours."""
+    LINEAR = "linear"
+    """The matrix of a linear map inside a block, or one expert's slice of it: what a file may hold in FP8
+    (arXiv 2412.19437, section 3.3). Embedding, head, gate and MTP's `eh_proj` are WEIGHT: never FP8."""
     ROUTER_BIAS = "router_bias"
     """A balancing bias: FP32 in every file, whatever the type of the weights."""
     COPY = "copy"
@@ -112,7 +115,8 @@ def _attention(config: ModelConfig, *, hf: str, ours: str) -> Iterator[HfTensor]
     shapes["kv_b_proj", "wkv_b"] = (keys_values, a.kv_lora_rank)
     shapes["o_proj", "wo"] = (hidden, a.num_heads * a.v_head_dim)
     for (theirs, name), shape in shapes.items():
-        yield HfTensor(name=f"{hf}.{theirs}.weight", shape=shape, source=f"{ours}.{name}.weight")
+        role = Role.WEIGHT if theirs.endswith("layernorm") else Role.LINEAR
+        yield HfTensor(name=f"{hf}.{theirs}.weight", shape=shape, source=f"{ours}.{name}.weight", role=role)
 
 
 def _moe(config: ModelConfig, *, hf: str, ours: str) -> Iterator[HfTensor]:
@@ -132,6 +136,7 @@ def _moe(config: ModelConfig, *, hf: str, ours: str) -> Iterator[HfTensor]:
                 shape=shape,
                 source=f"{ours}.experts.{name}",
                 expert=expert,
+                role=Role.LINEAR,
             )
     if moe.num_shared_experts:
         width = moe.num_shared_experts * moe.intermediate_size
@@ -140,7 +145,8 @@ def _moe(config: ModelConfig, *, hf: str, ours: str) -> Iterator[HfTensor]:
 
 def _swiglu(hidden: int, width: int, *, hf: str, ours: str) -> Iterator[HfTensor]:
     for theirs, name, shape in _projections(hidden, width):
-        yield HfTensor(name=f"{hf}.{theirs}.weight", shape=shape, source=f"{ours}.{name}.weight")
+        source = f"{ours}.{name}.weight"
+        yield HfTensor(name=f"{hf}.{theirs}.weight", shape=shape, source=source, role=Role.LINEAR)
 
 
 def _projections(hidden: int, width: int) -> list[tuple[str, str, tuple[int, int]]]:

@@ -73,8 +73,22 @@ class HfModel:
     seq_len: int  # the length it was trained at, as far as the file says
 
 
-def to_hf_config(model: HfModel, *, dtype: str, eos_token_id: int | None) -> dict[str, Any]:
-    """Return the `config.json` of `model`, whose weights are written as `dtype` (bfloat16, float32)."""
+FP8_BLOCKS: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+}
+"""What `quantization_config` says about files that hold linear maps in FP8, as the released ones do."""
+
+
+def to_hf_config(
+    model: HfModel, *, dtype: str, eos_token_id: int | None, fp8: bool = False
+) -> dict[str, Any]:
+    """Return the `config.json` of `model`, whose weights are written as `dtype` (bfloat16, float32).
+
+    fp8: whether the linear maps of its blocks are in FP8 instead.
+    """
     config, yarn = model.config, model.yarn
     values: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": MODEL_TYPE}
     for section, keys in _sections(config):
@@ -104,6 +118,7 @@ def to_hf_config(model: HfModel, *, dtype: str, eos_token_id: int | None) -> dic
             "balance_loss_weight": config.moe.balance_loss_weight,
             "dropout": config.dropout,
         },
+        **({"quantization_config": FP8_BLOCKS} if fp8 else {}),
     }
 
 

@@ -6,6 +6,9 @@ outputs) where it would save the tensor; the outputs are freed as soon as the fo
 first consumer that needs one in the backward pass runs the region again, the others share the result, and
 the last one frees it. Recipes chain: the input of a region may itself be the output of another.
 
+What is *derived* from a tensor for a consumer, such as its FP8 codes, follows the tensor: derived from an
+output of a region it is a recipe as well, derived from any other it is kept.
+
 Nothing else changes: autograd differentiates the same graph, so gradients are bit-identical. What is run
 again is the region alone, never a routing decision or the exchange of tokens between devices.
 
@@ -59,11 +62,17 @@ _Packed = Tensor | _Recipe | _Internal
 
 def _pack(tensor: Tensor) -> _Packed:
     """Return the recipe of a region's output, any other tensor without its graph."""
-    origin: tuple[_Region, int, torch.dtype] | None = getattr(tensor.untyped_storage(), "_region", None)
-    if origin is None or origin[2] != tensor.dtype:
+    origin = _origin(tensor)
+    if origin is None:
         # an operation may save its own output, whose graph would hold the operation in a circle
         return tensor.detach()
-    return _Recipe(origin[0], origin[1], tensor)
+    return _Recipe(*origin, tensor)
+
+
+def _origin(tensor: Tensor) -> tuple["_Region", int] | None:
+    """Return the region that gave this tensor or one that it is a view of, and the place in its outputs."""
+    origin: tuple[_Region, int, torch.dtype] | None = getattr(tensor.untyped_storage(), "_region", None)
+    return None if origin is None or origin[2] != tensor.dtype else origin[:2]
 
 
 def _unpack(packed: _Packed) -> Tensor:
@@ -81,11 +90,12 @@ class _Region:
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """Run the function with the graph of its inputs, and name the region as the origin of its outputs."""
         result = self._function(*inputs)
-        own = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        own = [tensor.untyped_storage() for tensor in inputs]
         for index, output in enumerate(_as_tuple(result)):
             storage: Any = output.untyped_storage()
             # what the function only hands through, and a storage named already, keep their origin
-            if storage.data_ptr() not in own and getattr(storage, "_region", None) is None:
+            is_input = any(storage is each for each in own)  # by identity: a dry run has no addresses
+            if not is_input and getattr(storage, "_region", None) is None:
                 storage._region = (self, index, output.dtype)
         return result
 
@@ -152,6 +162,16 @@ def region(recompute: Recompute, function: Callable[..., Outputs], *inputs: Tens
     if recompute not in (Recompute.deepseek, Recompute.core) or not torch.is_grad_enabled():
         return function(*inputs)
     return _Region(function, inputs).run(inputs)
+
+
+def derived(function: Callable[[Tensor], Outputs], tensor: Tensor) -> Outputs:
+    """Return function(tensor); where the backward pass recomputes the tensor, it recomputes this as well.
+
+    `function` must be deterministic and take no other tensor.
+    """
+    if _origin(tensor) is None:
+        return function(tensor)
+    return _Region(function, (tensor,)).run((tensor,))
 
 
 def core_region(recompute: Recompute, function: Callable[..., Outputs], *inputs: Tensor) -> Outputs:

@@ -132,14 +132,14 @@ class _Product:
         if add is None:
             raise RuntimeError("a weight gradient that was put off is to be added once, not twice")
         with torch.no_grad():
-            add(*map(_gradient, self._weights))
+            add(*map(gradient, self._weights))
 
 
 def _append(work: list[Work], weights: tuple[Tensor, ...], add: AddGradients) -> None:
     work.append(_Product(weights, add))
 
 
-def _gradient(weight: Tensor) -> Tensor:
+def gradient(weight: Tensor) -> Tensor:
     """Return weight.grad, first made of zeros in the type in which it is accumulated."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype or weight.dtype)

@@ -24,8 +24,13 @@ from parallel.two_hop import TwoHopDispatcher
 from parallel.ulysses import UlyssesAttention
 
 
-def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
-    """Install what `config` asks for at the seams of a model whose parameters are this process's pieces."""
+def parallelize(
+    model: Transformer, mesh: Mesh, config: ParallelConfig, *, fp8_dispatch: bool = False
+) -> None:
+    """Install what `config` asks for at the seams of a model whose parameters are this process's pieces.
+
+    fp8_dispatch: what experts quantise anyway travels to them as FP8 codes (parallel/wire.py).
+    """
     split = TensorSplit(mesh.tp, mesh.sequence)
     for module in model.modules():
         match module:
@@ -34,7 +39,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
             case FeedForward() | Router():
                 module.split = split
             case MoE():
-                module.dispatcher = dispatcher(mesh, model.config.moe, config)
+                module.dispatcher = dispatcher(mesh, model.config.moe, config, fp8=fp8_dispatch)
             case Embedding() if mesh.tp.size > 1:
                 rows = VocabularyRows(mesh.tp, model.config.vocab_size)
                 module.lookup = VocabularyLookup(rows, split)
@@ -49,11 +54,11 @@ def attention_core(mesh: Mesh, context: Context) -> AttentionCore:
     return GatheredAttention(mesh.sequence, cp=mesh.cp.size, cp_rank=mesh.cp.rank)
 
 
-def dispatcher(mesh: Mesh, moe: MoEConfig, config: ParallelConfig) -> TokenDispatcher:
-    """Return what brings tokens to experts that are spread over ep."""
+def dispatcher(mesh: Mesh, moe: MoEConfig, config: ParallelConfig, *, fp8: bool = False) -> TokenDispatcher:
+    """Return what brings tokens to experts that are spread over ep; fp8: as codes, where they travel."""
     recompute: Recompute = config.recompute
     if mesh.ep.size == 1:
         return LocalDispatcher(recompute)
     if config.dispatcher is Dispatcher.two_hop and mesh.ep_inter.size > 1:
-        return TwoHopDispatcher(mesh.ep_inter, mesh.ep_intra, moe.num_experts, recompute)
-    return AllToAllDispatcher(mesh.ep, moe.num_experts, recompute)
+        return TwoHopDispatcher(mesh.ep_inter, mesh.ep_intra, moe.num_experts, recompute, fp8=fp8)
+    return AllToAllDispatcher(mesh.ep, moe.num_experts, recompute, fp8=fp8)

@@ -154,7 +154,7 @@ def _experts(asked: _Asked) -> Iterator[str]:
 
 def _tensors(asked: _Asked) -> Iterator[str]:
     """Tensor parallelism divides whatever is split over it."""
-    tp, split = asked.config.tp, _split_over_tp(asked.model)
+    tp, split = asked.config.tp, split_over_tp(asked.model)
     for name, width in split.items():
         if width % tp:
             yield f"tp={tp} must divide {name}={width}; use {nearest(tp, divisors(gcd(*split.values())))}"
@@ -163,7 +163,7 @@ def _tensors(asked: _Asked) -> Iterator[str]:
         yield f"tp={tp} reaches beyond a node of node_size={node}; use {nearest(tp, divisors(node))}"
 
 
-def _split_over_tp(model: ModelConfig) -> dict[str, int]:
+def split_over_tp(model: ModelConfig) -> dict[str, int]:
     """Return the widths that tensor parallelism splits, by name."""
     split = {
         "model.attention.num_heads": model.attention.num_heads,
@@ -181,7 +181,7 @@ def _split_over_tp(model: ModelConfig) -> dict[str, int]:
 
 def _fits_model(asked: _Asked, name: str, degree: int) -> bool:
     """Return whether a degree may be proposed for this model."""
-    return name != "tp" or gcd(*_split_over_tp(asked.model).values()) % degree == 0
+    return name != "tp" or gcd(*split_over_tp(asked.model).values()) % degree == 0
 
 
 def _sequences(asked: _Asked) -> Iterator[str]:

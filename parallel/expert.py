@@ -5,7 +5,7 @@ all-to-all takes each chosen (token, expert) pair to its expert, one brings the 
 
     sort        the tokens' rows by expert, hence by process
     counts      rows for every expert of every process: the only thing the host must wait for
-    exchange    rows in the compute type, their routing weights in FP32
+    exchange    rows in the compute type or as FP8 codes (parallel/wire.py), their routing weights in FP32
     reorder     what arrived lies by (source, expert); experts want (expert, source)
     experts     as on one device
     and back    reorder, exchange, then the sum of each token's rows in FP32, rounded once
@@ -18,19 +18,17 @@ group, R = T * A rows sent, Q rows received.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from model.config import Recompute
 from model.dispatch import Dispatched, host_counts
-from model.kernels.permute import RowOrder, combine, permute, sort_by_expert
-from model.recompute import region
+from model.kernels.permute import RowOrder, combine, sort_by_expert
 from model.router import Routing
 from parallel.exchange import Exchange, Steps, run
 from parallel.groups import Group
+from parallel.wire import Gather, gather, wire
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,16 @@ class AllToAllDispatcher:
         num_experts: E, of the layer.
         recompute: where the copies of rows made by sorting are recomputed rather than kept. The exchange
             itself is never repeated for them, so rows are kept once, as they arrived.
+        fp8: rows, and the gradients of the experts' output, travel as FP8 codes.
 
     Raises:
         ValueError: if the experts cannot be divided evenly among the processes.
     """
 
-    def __init__(self, ep: Group, num_experts: int, recompute: Recompute = Recompute.none) -> None:
-        self.ep, self.recompute = ep, recompute
+    def __init__(
+        self, ep: Group, num_experts: int, recompute: Recompute = Recompute.none, *, fp8: bool = False
+    ) -> None:
+        self.ep, self.wire = ep, wire(recompute, fp8=fp8)
         self.local_experts = experts_per_process(num_experts, ep.size)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
@@ -80,27 +81,32 @@ class AllToAllDispatcher:
         order = sort_by_expert(routing.indices_TA)
         from_NL = counts_under_way.wait()
         sent_N, received_N, counts_L = read_counts(to_NL.sum(1), from_NL.sum(1), from_NL.sum(0))
-        arrived_QD, arrived_weights_Q = yield Exchange(
+        *arrived, arrived_weights_Q = yield Exchange(
             (
-                region(self.recompute, partial(permute, order=order), x_TD),
+                *self.wire.gather(self.wire.pack(x_TD), Gather(order.token_R, partial(combine, order=order))),
                 routing.weights_TA.flatten().gather(0, order.choice_R),
             ),
             received=received_N,
             sent=sent_N,
             group=self.ep,
+            trips=self.wire.dispatched,
         )
         arrival_Q, sorted_Q = _by_expert(from_NL, sum(received_N))
-        reorder = partial(_reorder, index_Q=arrival_Q, inverse_Q=sorted_Q)
+        reorder = _reorder(arrival_Q, sorted_Q)
+        rows_QD = self.wire.unpack(tuple(arrived), reorder)
         state = _State(order, sent_N, received_N, arrival_Q, sorted_Q)
-        return Dispatched(
-            region(self.recompute, reorder, arrived_QD), reorder(arrived_weights_Q), counts_L, state
-        )
+        return Dispatched(rows_QD, gather(arrived_weights_Q, reorder), counts_L, state)
 
     def combine_steps(self, rows_RD: Tensor, dispatched: Dispatched) -> Steps[Tensor]:
         """`combine`, with one exchange: the experts' output in the compute type."""
         state: _State = dispatched.state
-        back_QD = _reorder(rows_RD, state.sorted_Q, state.arrival_Q)
-        (own_RD,) = yield Exchange((back_QD,), received=state.sent_N, sent=state.received_N, group=self.ep)
+        (own_RD,) = yield Exchange(
+            (gather(rows_RD, _reorder(state.sorted_Q, state.arrival_Q)),),
+            received=state.sent_N,
+            sent=state.received_N,
+            group=self.ep,
+            trips=self.wire.combined,
+        )
         return combine(own_RD, state.order)
 
 
@@ -126,21 +132,6 @@ def _by_expert(from_NL: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return order.choice_R, order.row_TA.flatten()
 
 
-class _Reorder(torch.autograd.Function):
-    """Row index[r] of x as row r. The gradient is a gather as well, by the inverse: nothing is scattered."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index_Q: Tensor, inverse_Q: Tensor) -> Tensor:
-        ctx.inverse_Q = inverse_Q
-        return x.index_select(0, index_Q)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, ctx.inverse_Q), None, None
-
-
-def _reorder(x: Tensor, index_Q: Tensor, inverse_Q: Tensor) -> Tensor:
-    """Return x with its rows in another order, of which `inverse` is the inverse."""
-    reordered: Any = _Reorder.apply(x, index_Q, inverse_Q)
-    return reordered
+def _reorder(index_Q: Tensor, inverse_Q: Tensor) -> Gather:
+    """Return how to change the order of rows. The gradient is a gather as well: nothing is scattered."""
+    return Gather(index_Q, lambda grad: grad.index_select(0, inverse_Q))

@@ -66,6 +66,7 @@ def build_model(
     seq_len: int,
     yarn: YarnConfig | None = None,
     compute: Compute = Compute.fp32,
+    fp8_dispatch: bool = False,
 ) -> ParallelModel:
     """Build and initialise this process's parts, with everything parallel installed at their seams."""
     num_stages = count_stages(parallel)
@@ -87,7 +88,7 @@ def build_model(
             recompute=parallel.recompute,
             compute=compute,
         )
-        parallelize(parts[stage], mesh, parallel)
+        parallelize(parts[stage], mesh, parallel, fp8_dispatch=fp8_dispatch)
     if len(parts) > 1 and {0, num_stages - 1} <= parts.keys() and config.num_mtp_layers:
         parts[num_stages - 1].embed = parts[0].embed  # one table, looked up by both ends
     return ParallelModel(mesh=mesh, sharding=sharding, parts=parts, num_stages=num_stages)

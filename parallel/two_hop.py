@@ -9,7 +9,8 @@ process with the same place in that node, which passes it on inside the node:
     locally a row for each (token, expert) pair, sorted by expert
 
 Both hops are one rule, applied twice: a token goes once to each member that holds any of its experts, and
-takes along which experts are meant there and with which weights. The outputs return the same way: at each
+takes along which experts are meant there and with which weights. As FP8 codes (parallel/wire.py) it is
+quantised before the first hop and decoded behind the second. The outputs return the same way: at each
 of the three stages a token's rows are summed in FP32, and the sum is rounded to the compute type to travel.
 
 Traffic: over `inter` a token causes one row for each distinct node of its experts, there and back, its own
@@ -25,20 +26,19 @@ N nodes, P processes per node, L local experts per process.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from model.config import Recompute
 from model.dispatch import Dispatched
 from model.kernels.blocks import wide_type
-from model.recompute import region
 from model.router import Routing
 from parallel.exchange import Exchange, Steps, run
 from parallel.expert import experts_per_process, read_counts
 from parallel.groups import Group
+from parallel.wire import Gather, Payload, gather, through, wire
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class _Copies:
 
 
 class _Tokens(NamedTuple):
-    """Tokens on their way. x_TD in the compute type; weights_TA FP32; experts_TA int32: numbered from the
-    first expert of those who see the token here, -1 for a choice that lives elsewhere."""
+    """Tokens on their way. payload: as the wire holds them; weights_TA FP32; experts_TA int32: numbered from
+    the first expert of those who see the token here, -1 for a choice that lives elsewhere."""
 
-    x_TD: Tensor
+    payload: Payload
     weights_TA: Tensor
     experts_TA: Tensor
 
@@ -97,15 +97,22 @@ class TwoHopDispatcher:
         num_experts: E, of the layer.
         recompute: where the copies of rows are recomputed rather than kept: a token is then kept once on
             each process that it reached, however many experts it has there.
+        fp8: tokens, and the gradients of the experts' output, travel as FP8 codes.
 
     Raises:
         ValueError: if the experts cannot be divided evenly among the processes.
     """
 
     def __init__(
-        self, inter: Group, intra: Group, num_experts: int, recompute: Recompute = Recompute.none
+        self,
+        inter: Group,
+        intra: Group,
+        num_experts: int,
+        recompute: Recompute = Recompute.none,
+        *,
+        fp8: bool = False,
     ) -> None:
-        self.inter, self.intra, self.recompute = inter, intra, recompute
+        self.inter, self.intra, self.wire = inter, intra, wire(recompute, fp8=fp8)
         self.local_experts = experts_per_process(num_experts, inter.size * intra.size)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
@@ -119,21 +126,28 @@ class TwoHopDispatcher:
     def dispatch_steps(self, x_TD: Tensor, routing: Routing) -> Steps[Dispatched]:
         """`dispatch`, with one exchange over `inter` and one over `intra`."""
         inter, intra, counts_L = self._count(routing)
-        tokens = _Tokens(x_TD, routing.weights_TA, routing.indices_TA.int())
+        tokens = _Tokens(self.wire.pack(x_TD), routing.weights_TA, routing.indices_TA.int())
         per_node = self.intra.size * self.local_experts
         tokens, inter_copies = yield from self._hop(tokens, self.inter, inter, per_member=per_node)
         tokens, intra_copies = yield from self._hop(tokens, self.intra, intra, per_member=self.local_experts)
         local = _copy_to(tokens.experts_TA, sum(counts_L))
         state = _State(_Stage(inter_copies, inter), _Stage(intra_copies, intra), local)
         row_weights_R = tokens.weights_TA.flatten().gather(0, local.place_R)
-        return Dispatched(self._spread(tokens.x_TD, local), row_weights_R, counts_L, state)
+        rows_RD = self.wire.unpack(tokens.payload, _spread(local))
+        return Dispatched(rows_RD, row_weights_R, counts_L, state)
 
     def combine_steps(self, rows_RD: Tensor, dispatched: Dispatched) -> Steps[Tensor]:
         """`combine`, with one exchange over `intra` and one over `inter`."""
         state: _State = dispatched.state
         y_TD = _collect(rows_RD, state.local)
         for group, (copies, splits) in ((self.intra, state.intra), (self.inter, state.inter)):
-            (rows_RD,) = yield Exchange((y_TD,), received=splits.sent_M, sent=splits.received_M, group=group)
+            (rows_RD,) = yield Exchange(
+                (y_TD,),
+                received=splits.sent_M,
+                sent=splits.received_M,
+                group=group,
+                trips=self.wire.combined,
+            )
             y_TD = _collect(rows_RD, copies)
         return y_TD
 
@@ -171,20 +185,19 @@ class TwoHopDispatcher:
         first_R = copies.place_R % group.size * per_member
         experts_RA = tokens.experts_TA[copies.token_R] - first_R[:, None].int()
         elsewhere_RA = (experts_RA < 0) | (experts_RA >= per_member)
-        arrived = yield Exchange(
+        spread = _spread(copies)
+        *payload, weights_TA, experts_TA = yield Exchange(
             (
-                self._spread(tokens.x_TD, copies),
-                _spread(tokens.weights_TA, copies),
+                *self.wire.gather(tokens.payload, spread),
+                gather(tokens.weights_TA, spread),
                 experts_RA.masked_fill(elsewhere_RA, -1),
             ),
             received=splits.received_M,
             sent=splits.sent_M,
             group=group,
+            trips=self.wire.dispatched,
         )
-        return _Tokens(*arrived), copies
-
-    def _spread(self, x_TD: Tensor, copies: _Copies) -> Tensor:
-        return region(self.recompute, partial(_spread, copies=copies), x_TD)
+        return _Tokens(tuple(payload), weights_TA, experts_TA), copies
 
 
 def _reach(member_TA: Tensor, num_members: int) -> Tensor:
@@ -203,40 +216,15 @@ def _copy_to(destination_TC: Tensor, num_rows: int) -> _Copies:
     return _Copies(place_R, place_R // destination_TC.shape[1], row.view(destination_TC.shape).T.contiguous())
 
 
-def _spread(x_TD: Tensor, copies: _Copies) -> Tensor:
-    """Return row token_R[r] of x as row r, [R, D]; the gradient is `_collect`."""
-    rows: Any = _Spread.apply(x_TD, copies)
-    return rows
+def _spread(copies: _Copies) -> Gather:
+    """Return how rows are copied: row token_R[r] as row r; the gradient is the sum of a row's copies."""
+    return Gather(copies.token_R, partial(_sum_copies, row_CT=copies.row_CT))
 
 
 def _collect(rows_RD: Tensor, copies: _Copies) -> Tensor:
-    """Return for each token the sum of its copies, summed in FP32, [T, D]; the gradient is `_spread`."""
-    sums: Any = _Collect.apply(rows_RD, copies)
-    return sums
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, copies: _Copies) -> Tensor:
-        ctx.copies = copies
-        return x_TD.index_select(0, copies.token_R)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum_copies(grads[0], ctx.copies.row_CT), None
-
-
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, copies: _Copies) -> Tensor:
-        ctx.copies = copies
-        return _sum_copies(rows_RD, copies.row_CT)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_select(0, ctx.copies.token_R), None
+    """Return for each token the sum of its copies, summed in FP32, [T, D]; the gradient is copied to them."""
+    sum_copies = partial(_sum_copies, row_CT=copies.row_CT)
+    return through(rows_RD, sum_copies, lambda grad_TD: grad_TD.index_select(0, copies.token_R))
 
 
 def _sum_copies(rows_RD: Tensor, row_CT: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ MAX_FUNCTION_LINES = 100
 P90_FUNCTION_LINES = 50
 PARALLEL_WORDS = {"mesh", "group", "rank", "world_size", "DTensor", "ep", "cp", "pp", "tp"}
 TORCH_FREE = (
+    "model.activations",
     "model.config",
     "model.cost",
     "data.config",
@@ -29,10 +30,12 @@ TORCH_FREE = (
     "parallel.placement",
     "parallel.checks",
     "parallel.cost",
+    "parallel.search",
     "train.config",
     "train.schedule",
     "train.validate",
     "train.stages",
+    "launch.plan.command",
 )
 
 

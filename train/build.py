@@ -8,8 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from model.config import Compute, Gemm
-from model.fp8 import Fp8Policy, Fp8Weights, install_fp8
+from model.config import Compute
+from model.fp8_watch import Fp8Watch
 from model.transformer import Transformer
 from model.weight_gradients import WeightGradients, install
 from parallel.config import Schedule as PipelineName
@@ -19,15 +19,17 @@ from parallel.pieces import Holding
 from parallel.pipeline.actions import action_table
 from parallel.pipeline.executor import PipelineSchedule
 from parallel.pipeline.table import ActionTable
-from parallel.schedule import Batch, LocalSchedule, LossFunction, Schedule, StepOutput, WorldSchedule
+from parallel.schedule import LocalSchedule, LossFunction, Schedule, WorldSchedule
 from parallel.tensor import TensorSplit, VocabularyRows
 from train.config import RunConfig, StageConfig
 from train.ema import Ema
 from train.engines.choose import build_engine
 from train.engines.engine import Engine
 from train.errors import RunError
+from train.fp8_numerics import watch_of
 from train.loss import Objective
 from train.loss_scale import LossScale
+from train.precision import Fp8Schedule, install_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class StageParts:
     schedule: Schedule
     loss_scale: LossScale
     ema: Ema | None
+    watch: Fp8Watch
 
     def weights(self) -> dict[str, Holding]:
         """Return FP32 master weights and router biases by checkpoint name."""
@@ -81,43 +84,32 @@ def build_stage(config: RunConfig, stage: StageConfig, *, device: torch.device, 
         seq_len=stage.seq_len,
         yarn=stage.yarn,
         compute=config.precision.compute,
+        fp8_dispatch=config.precision.exchanges_codes,
     )
     for part in model.parts.values():
         part.train()
     engine = build_engine(model, config.optimizer, layout)
     scaling = config.precision.loss_scale if config.precision.compute is Compute.fp16 else None
-    decay = config.optimizer.ema_decay
+    decay, watch = config.optimizer.ema_decay, watch_of(model, config.precision)
     return StageParts(
         mesh=mesh,
         model=model,
         engine=engine,
-        schedule=build_schedule(model, engine, config, stage),
+        schedule=build_schedule(model, engine, config, stage, watch),
         loss_scale=LossScale(scaling),
         ema=Ema(engine.masters(), decay=decay) if decay else None,
+        watch=watch,
     )
 
 
-def build_schedule(model: ParallelModel, engine: Engine, config: RunConfig, stage: StageConfig) -> Schedule:
+def build_schedule(
+    model: ParallelModel, engine: Engine, config: RunConfig, stage: StageConfig, watch: Fp8Watch
+) -> Schedule:
     """Return what runs a step's microbatches: a loop, or a pipeline schedule where there are stages."""
-    if config.precision.gemm is Gemm.compute:
-        return _build_schedule(model, engine, config, stage, WeightGradients())
-    policy, later = Fp8Policy(config.precision), WeightGradients()
-    for part in model.parts.values():
-        install_fp8(part, policy, later)
-    return Fp8Schedule(_build_schedule(model, engine, config, stage, later), policy.weights)
-
-
-@dataclass(frozen=True)
-class Fp8Schedule:
-    """A schedule whose microbatches share the codes of the weights, made anew in each step."""
-
-    schedule: Schedule
-    weights: Fp8Weights
-
-    def step(self, batch: Batch, *, mtp_weight: float = 0.0, loss_scale: float = 1.0) -> StepOutput:
-        """Forget the codes, since the weights may have changed, and run the step; see `Schedule.step`."""
-        self.weights.forget()
-        return self.schedule.step(batch, mtp_weight=mtp_weight, loss_scale=loss_scale)
+    later = WeightGradients()
+    codes = install_backend(model.parts.values(), config.precision, later, watch)
+    schedule = _build_schedule(model, engine, config, stage, later)
+    return Fp8Schedule(schedule, codes) if codes else schedule
 
 
 def _build_schedule(

@@ -234,6 +234,7 @@ class LoggingConfig:
 
     console_every: int = 10
     histogram_every: int = 100  # steps between expert-load histograms
+    fp8_every: int = 100  # steps between counts of what FP8 loses; without effect unless gemm is FP8
     wandb: WandbMode = WandbMode.auto
     wandb_project: str = "fathom"
     wandb_entity: str | None = None
@@ -242,7 +243,7 @@ class LoggingConfig:
         """Return every broken rule."""
         return [
             f"{name}={getattr(self, name)} must be at least 1"
-            for name in ("console_every", "histogram_every")
+            for name in ("console_every", "histogram_every", "fp8_every")
             if getattr(self, name) < 1
         ]
 

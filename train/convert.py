@@ -11,10 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from model.config import Fp8Scales
 from train.errors import RunError, exit_cleanly
+from train.hf.encoding import ExportType
 from train.hf.folder import MtpWeights
 from train.hf.from_hf import import_weights
-from train.hf.to_hf import ExportOptions, ExportType, export_weights
+from train.hf.to_hf import ExportOptions, export_weights
 from train.load import Weights
 
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -47,7 +49,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         type=ExportType,
         choices=list(ExportType),
-        help="type of the weights; by default the one the run computes in. Router biases are FP32 always",
+        help="type of the weights; by default the one the run computes in, BF16 or FP32. fp8 is E4M3 in "
+        "128 x 128 blocks for the linear maps of the layers, BF16 for the rest, as DeepSeek releases them. "
+        "Router biases are FP32 always",
+    )
+    to_hf.add_argument(
+        "--fp8-scales",
+        type=Fp8Scales,
+        choices=list(Fp8Scales),
+        help="with --dtype fp8, the scales of its 128 x 128 blocks: amax / 448 (deepseek), or that rounded "
+        "up to a power of two; by default those of the run, precision.fp8_scales",
     )
     to_hf.add_argument("--shard-size", default="5GB", help="largest file, such as 5GB (default)")
     to_hf.add_argument(
@@ -82,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.command == "to-hf":
             wanted = ExportOptions(
                 dtype=options.dtype,
+                fp8_scales=options.fp8_scales,
                 shard_bytes=parse_size(options.shard_size),
                 mtp=mtp,
                 weights=options.weights,

@@ -20,7 +20,7 @@ from parallel.pieces import Holding
 from parallel.zero1 import Zero1
 from train.config import Moments, OptimizerConfig
 
-_CPU_CHUNK = 1 << 18
+CPU_CHUNK = 1 << 18
 """Elements updated together on a CPU: a chunk's working set of 6 MiB stays in cache between the passes."""
 
 _ACCELERATOR_CHUNK = 1 << 24
@@ -126,7 +126,7 @@ def update_flat(
     """
     device = flats.weights.device
     count = torch.tensor(float(num_updates), device=device)
-    size = _CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
+    size = CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
     for start in range(0, flats.weights.numel(), size):
         chunk = slice(start, start + size)
         exp_avg, exp_avg_sq = flats.exp_avg[chunk], flats.exp_avg_sq[chunk]

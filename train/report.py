@@ -83,7 +83,7 @@ def _sections(run: RunData) -> list[Section]:
         ),
         Section(
             title="FP8",
-            lead="What is lost where activations, gradients and weights are quantised, counted in some steps.",
+            lead="What quantising weights, activations and gradients loses, counted in some steps.",
             panels=fp8_panels(run, timeline),
         ),
         Section(title="Speed", lead="What the machine made of it.", panels=speed_panels(run, timeline)),

@@ -18,6 +18,7 @@ from train.evaluation.stages import evaluate_stage
 from train.job import Job
 from train.report import write_report
 from train.reporting.summary import closing_table
+from train.requirements import find_machine
 from train.run_lock import only_process
 from train.signals import StopRequest
 from train.team import Team, assemble
@@ -27,7 +28,8 @@ from train.validate import check
 def run(config: RunConfig) -> None:
     """Run every part of the job that is not done yet; RunError or DataError for what people can mend."""
     _, world_size, local_rank = processes_of_environment(os.environ)
-    check(config, world_size=world_size)
+    machine = find_machine(config.precision.gemm, device=config.device)
+    check(config, world_size=world_size, machine=machine)
     keep_freed_memory()
     run_dir = Path(config.root) / config.name
     device = pick_device(config, local_rank=local_rank)

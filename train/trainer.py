@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from data.loader import Batches
-from model.config import Compute
+from model.config import Compute, Gemm
 from model.cost import flops_per_token
 from parallel.schedule import Batch, StepOutput
 from parallel.watchdog import Watchdog
@@ -21,6 +21,7 @@ from train.checkpoints.manager import CheckpointManager
 from train.config import RunConfig
 from train.engines.engine import Update
 from train.errors import EXIT_STOPPED, EXIT_UNSTABLE, RunError
+from train.fp8_numerics import measured
 from train.logs.metrics import StepResult, step_record
 from train.logs.sinks import Sinks
 from train.schedule import batch_size_at, lr_at, steps_value
@@ -61,6 +62,7 @@ class Trainer:
             started, plan = time.perf_counter(), self.plan()
             self.watchdog.step = self.state.step + 1
             batch = self.next_batch(plan.batch_size)
+            self.parts.watch.start(active=self.measures_fp8())
             torch.manual_seed(self.config.seed + self.state.step)  # dropout: a function of (seed, step) alone
             output = self.parts.schedule.step(batch, mtp_weight=plan.mtp_weight, loss_scale=plan.loss_scale)
             update = self.update(output, plan)
@@ -82,6 +84,11 @@ class Trainer:
             bias_speed=steps_value(stage.bias_speed, tokens),
             loss_scale=self.parts.loss_scale.value,
         )
+
+    def measures_fp8(self) -> bool:
+        """Return whether the losses of FP8 are counted in the step that is about to be taken."""
+        quantises = self.config.precision.gemm in (Gemm.fp8_reference, Gemm.fp8_triton)
+        return quantises and (self.state.step + 1) % self.config.logging.fp8_every == 0
 
     def next_batch(self, batch_size: int) -> Batch:
         """Draw this process's part of the next `batch_size` samples of the stage."""
@@ -133,6 +140,7 @@ class Trainer:
             load_LE=output.load_LE.cpu(),
             bias_LE=self.parts.all_biases(output.layers).cpu(),
             seconds=seconds,
+            fp8=measured(self.parts.watch, self.parts.mesh.world, self.device),
         )
         record = step_record(
             result,

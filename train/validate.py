@@ -8,15 +8,18 @@ from parallel.checks import layout_problems
 from parallel.config import ParallelConfig
 from train.config import BatchConfig, RunConfig, StageConfig
 from train.errors import RunError
+from train.requirements import Machine, backend_problems, machine_problems
 from train.stages import source_weights
 
 
-def check(config: RunConfig, *, world_size: int = 1) -> None:
+def check(config: RunConfig, *, world_size: int = 1, machine: Machine | None = None) -> None:
     """Raise one RunError that lists every broken rule of `config` as `path.field=value rule; remedy`.
 
-    world_size: the number of processes that are to run it.
+    world_size: the number of processes that are to run it; machine: where they run, if it is known.
     """
     found = problems(config, world_size=world_size)
+    if machine is not None:
+        found += machine_problems(config.precision, machine)
     if found:
         noun = "problem" if len(found) == 1 else "problems"
         raise RunError(
@@ -102,7 +105,7 @@ def _layout_problems(config: RunConfig, *, world_size: int) -> Iterator[str]:
     """Yield what each stage's layout breaks; once, at the run's own path, what it breaks in every stage."""
 
     def broken(layout: ParallelConfig, stage: StageConfig) -> list[str]:
-        return layout_problems(
+        found = layout_problems(
             layout,
             model=config.model,
             world_size=world_size,
@@ -110,6 +113,7 @@ def _layout_problems(config: RunConfig, *, world_size: int) -> Iterator[str]:
             seq_len=stage.seq_len,
             path="parallel",
         )
+        return found + backend_problems(config.precision, layout, config.model, path="parallel")
 
     by_stage = {
         name: broken(stage.parallel or config.parallel, stage) for name, stage in config.stages.items()

@@ -15,11 +15,12 @@ head) pairs of one group, Q rows of one block of queries, J keys of its causal p
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
 MIN_BLOCK_ROWS = 128
@@ -85,46 +86,80 @@ def _tiling(q_BSHK: Tensor, k_BMHK: Tensor) -> _Tiling:
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q_BSHK: Tensor, k_BMHK: Tensor, v_BMHU: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q_BSHK: Tensor, k_BMHK: Tensor, v_BMHU: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(q_BSHK, k_BMHK, v_BMHU)
-        ctx.scale = scale  # type: ignore[attr-defined]
-        batch, length, heads, _ = q_BSHK.shape
-        before = k_BMHK.shape[1] - length  # the keys that every query sees
-        q_NSK, k_NMK, v_NMU = _head_major(q_BSHK), _head_major(k_BMHK), _head_major(v_BMHU)
-        tiling = _tiling(q_BSHK, k_BMHK)
-        out_NSU = v_NMU.new_empty(batch * heads, length, v_NMU.shape[2])
-        for first in range(0, batch * heads, tiling.group_heads):
-            part = slice(first, first + tiling.group_heads)
-            for start, end in tiling.row_blocks(length):
-                prefix = slice(before + end)
-                k_GJK, v_GJU = k_NMK[part, prefix].contiguous(), v_NMU[part, prefix].contiguous()
-                p_GQJ = _probabilities(q_NSK[part, start:end], k_GJK, before + start, scale)
-                torch.bmm(p_GQJ, v_GJU, out=out_NSU[part, start:end])
-        return out_NSU.view(batch, heads, length, -1).transpose(1, 2).contiguous()
+        ctx.scale = scale
+        return torch.ops.fathom.causal_attention(q_BSHK, k_BMHK, v_BMHU, scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        (dout_BSHU,) = grads
-        q_BSHK, k_BMHK, v_BMHU = ctx.saved_tensors  # type: ignore[attr-defined]
-        scale: float = ctx.scale  # type: ignore[attr-defined]
-        batch, length, heads, _ = q_BSHK.shape
-        q_NSK, k_NMK, v_NMU = _head_major(q_BSHK), _head_major(k_BMHK), _head_major(v_BMHU)
-        dout_NSU = _head_major(dout_BSHU)
-        tiling = _tiling(q_BSHK, k_BMHK)
-        dq_NSK, dk_NMK, dv_NMU = torch.empty_like(q_NSK), torch.empty_like(k_NMK), torch.empty_like(v_NMU)
-        for first in range(0, batch * heads, tiling.group_heads):
-            part = slice(first, first + tiling.group_heads)
-            _group_gradients(
-                (q_NSK[part], k_NMK[part], v_NMU[part], dout_NSU[part]),
-                (dq_NSK[part], dk_NMK[part], dv_NMU[part]),
-                tiling.row_blocks(length),
-                scale,
-            )
-        dq, dk, dv = (
-            grad.view(batch, heads, grad.shape[1], -1).transpose(1, 2) for grad in (dq_NSK, dk_NMK, dv_NMU)
-        )
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        dq, dk, dv = torch.ops.fathom.causal_attention_gradients(*ctx.saved_tensors, grads[0], ctx.scale)
         return dq, dk, dv, None
+
+
+# Both passes are operations that torch knows by name. Whoever watches operations, as a dry run does, sees one
+# for each pass, with shapes but without blocks, whatever a device does inside.
+torch.library.define(
+    "fathom::causal_attention", "(Tensor q_BSHK, Tensor k_BMHK, Tensor v_BMHU, float scale) -> Tensor"
+)
+torch.library.define(
+    "fathom::causal_attention_gradients",
+    "(Tensor q_BSHK, Tensor k_BMHK, Tensor v_BMHU, Tensor dout_BSHU, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("fathom::causal_attention", "cpu")
+def _attention(q_BSHK: Tensor, k_BMHK: Tensor, v_BMHU: Tensor, scale: float) -> Tensor:
+    batch, length, heads, _ = q_BSHK.shape
+    before = k_BMHK.shape[1] - length  # the keys that every query sees
+    q_NSK, k_NMK, v_NMU = _head_major(q_BSHK), _head_major(k_BMHK), _head_major(v_BMHU)
+    tiling = _tiling(q_BSHK, k_BMHK)
+    out_NSU = v_NMU.new_empty(batch * heads, length, v_NMU.shape[2])
+    for first in range(0, batch * heads, tiling.group_heads):
+        part = slice(first, first + tiling.group_heads)
+        for start, end in tiling.row_blocks(length):
+            prefix = slice(before + end)
+            k_GJK, v_GJU = k_NMK[part, prefix].contiguous(), v_NMU[part, prefix].contiguous()
+            p_GQJ = _probabilities(q_NSK[part, start:end], k_GJK, before + start, scale)
+            torch.bmm(p_GQJ, v_GJU, out=out_NSU[part, start:end])
+    return out_NSU.view(batch, heads, length, -1).transpose(1, 2).contiguous()
+
+
+@torch.library.register_fake("fathom::causal_attention")
+def _attention_shape(q_BSHK: Tensor, k_BMHK: Tensor, v_BMHU: Tensor, scale: float) -> Tensor:
+    return v_BMHU.new_empty(*q_BSHK.shape[:3], v_BMHU.shape[3])
+
+
+@torch.library.impl("fathom::causal_attention_gradients", "cpu")
+def _gradients(
+    q_BSHK: Tensor, k_BMHK: Tensor, v_BMHU: Tensor, dout_BSHU: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    batch, length, heads, _ = q_BSHK.shape
+    q_NSK, k_NMK, v_NMU = _head_major(q_BSHK), _head_major(k_BMHK), _head_major(v_BMHU)
+    dout_NSU = _head_major(dout_BSHU)
+    tiling = _tiling(q_BSHK, k_BMHK)
+    grads = [torch.empty_like(x) for x in (q_NSK, k_NMK, v_NMU)]
+    for first in range(0, batch * heads, tiling.group_heads):
+        part = slice(first, first + tiling.group_heads)
+        dq_GSK, dk_GMK, dv_GMU = (grad[part] for grad in grads)
+        _group_gradients(
+            (q_NSK[part], k_NMK[part], v_NMU[part], dout_NSU[part]),
+            (dq_GSK, dk_GMK, dv_GMU),
+            tiling.row_blocks(length),
+            scale,
+        )
+    return tuple(grad.view(batch, heads, grad.shape[1], -1).transpose(1, 2) for grad in grads)
+
+
+@torch.library.register_fake("fathom::causal_attention_gradients")
+def _gradient_shapes(
+    q_BSHK: Tensor, k_BMHK: Tensor, v_BMHU: Tensor, dout_BSHU: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    # as they really lie: heads before tokens
+    like = (x_BXHX.transpose(1, 2) for x_BXHX in (q_BSHK, k_BMHK, v_BMHU))
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format).transpose(1, 2) for x in like)
 
 
 def _group_gradients(

@@ -46,6 +46,9 @@ COLUMN_TILE: BlockShape = (BLOCK, 1)
 SQUARE: BlockShape = (BLOCK, BLOCK)
 """For weights, whose products sum over columns forward and over rows backward."""
 
+_CHUNK = 1 << 18
+"""Elements that are coded or decoded at a time. Most of these passes are over one or two bytes an element:
+with fewer at a time, calling them would cost as much as they do."""
 _HALF_MANTISSA_SHIFT = 7
 """E4M3's sign, exponent and mantissa, shifted so far, are those of an FP16 number 2^8 times smaller."""
 _HALF_FACTOR = 256.0
@@ -83,14 +86,17 @@ def quantize(x: Tensor, block: BlockShape, *, power_of_two: bool) -> Quantized:
     """Return x [..., R, C], in BF16, FP16 or FP32, quantised with one scale for each block."""
     x_NHcW = _split(x, block)
     scales_Nc = _scales(_largest_magnitudes(x_NHcW), power_of_two=power_of_two)
-    divisors_NIcI = scales_Nc[:, None, :, None]
+    # multiplying by a rounded reciprocal would give other codes; that of a power of two is exact, and cheaper
+    factors_NIcI = (scales_Nc.reciprocal() if power_of_two else scales_Nc)[:, None, :, None]
+    scale = Tensor.mul_ if power_of_two else Tensor.div_
     codes_NHcW = torch.empty(x_NHcW.shape, dtype=torch.float8_e4m3fn, device=x.device)
     num_blocks, width = len(x_NHcW), prod(x_NHcW.shape[1:])
-    scratch = x.new_empty(scratch_rows(num_blocks, width), *x_NHcW.shape[1:], dtype=torch.float32)
-    for part in row_blocks(num_blocks, width):
+    scratch = x.new_empty(
+        scratch_rows(num_blocks, width, elements=_CHUNK), *x_NHcW.shape[1:], dtype=torch.float32
+    )
+    for part in row_blocks(num_blocks, width, elements=_CHUNK):
         x_nHcW = x_NHcW[part]
-        # a true division: multiplying by a rounded reciprocal would give other codes
-        codes_NHcW[part] = scratch[: len(x_nHcW)].copy_(x_nHcW).div_(divisors_NIcI[part])
+        codes_NHcW[part] = scale(scratch[: len(x_nHcW)].copy_(x_nHcW), factors_NIcI[part])
     codes = _join(codes_NHcW, x.shape)
     if codes.numel() < codes_NHcW.numel():  # a view, even a contiguous one, would keep the edges in memory
         codes = codes.clone(memory_format=torch.contiguous_format)
@@ -160,12 +166,12 @@ def _decode(x: Quantized, dtype: torch.dtype) -> Tensor:
     num_blocks, width = len(codes_NHcW), prod(codes_NHcW.shape[1:])
     scales_NIcI = x.scales.reshape(num_blocks, 1, codes_NHcW.shape[2], 1)
     out_NHcW = codes_NHcW.new_empty(codes_NHcW.shape, dtype=dtype)
-    size = (scratch_rows(num_blocks, width), *codes_NHcW.shape[1:])
+    size = (scratch_rows(num_blocks, width, elements=_CHUNK), *codes_NHcW.shape[1:])
     bits, values = (
         codes_NHcW.new_empty(size, dtype=torch.int16),
         codes_NHcW.new_empty(size, dtype=torch.float32),
     )
-    for part in row_blocks(num_blocks, width):
+    for part in row_blocks(num_blocks, width, elements=_CHUNK):
         codes_nHcW = codes_NHcW[part]
         bits_nHcW = bits[: len(codes_nHcW)].copy_(codes_nHcW)  # the sign is extended to the left
         bits_nHcW.bitwise_left_shift_(_HALF_MANTISSA_SHIFT).bitwise_and_(~0x4000)

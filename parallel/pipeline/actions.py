@@ -57,10 +57,26 @@ def _pass_orders(
 ) -> list[list[_Action | None]]:
     """Return the passes of each rank in order; None where torch marks an idle slot."""
     if schedule in _TORCH_CLASSES:
-        return get_schedule_ops(_TORCH_CLASSES[schedule], pp, num_microbatches, num_stages_per_rank=per_rank)
+        # torch writes DualPipeV for a pipeline that fills up; leaving microbatches out keeps an order legal
+        enough = max(num_microbatches, 2 * pp) if schedule is Schedule.dualpipev else num_microbatches
+        orders = get_schedule_ops(_TORCH_CLASSES[schedule], pp, enough, num_stages_per_rank=per_rank)
+        return [_first_microbatches(order, num_microbatches) for order in orders]
     if schedule == Schedule.gpipe:
         return [_one_f_one_b(rank, num_microbatches, num_microbatches) for rank in range(pp)]
     return [_one_f_one_b(rank, pp - 1 - rank, num_microbatches) for rank in range(pp)]
+
+
+def _first_microbatches(order: list[_Action | None], num_microbatches: int) -> list[_Action | None]:
+    """Leave out the passes of microbatches that the step does not have; what was joined to one runs alone."""
+    kept: list[_Action | None] = []
+    for action in order:
+        parts = [p for p in _apart(action) if p is None or _microbatch(p) < num_microbatches]
+        kept += [action] if len(parts) == len(_apart(action)) else parts
+    return kept
+
+
+def _microbatch(action: _Action) -> int:
+    return -1 if action.microbatch_index is None else action.microbatch_index
 
 
 def _apart(action: _Action | None) -> tuple[_Action | None, ...]:
@@ -83,6 +99,5 @@ def _one_f_one_b(stage: int, warmup: int, num_microbatches: int) -> list[_Action
 
 
 def _ours(action: _Action) -> Action:
-    microbatch = -1 if action.microbatch_index is None else action.microbatch_index
     parts = tuple(map(_ours, action.sub_actions or ()))
-    return Action(ActionKind(action.computation_type.value), action.stage_index, microbatch, parts)
+    return Action(ActionKind(action.computation_type.value), action.stage_index, _microbatch(action), parts)

@@ -127,7 +127,7 @@ def idle_formula(schedule: Schedule, *, pp: int, num_microbatches: int, costs: C
       interleaved_zb   (pp - 1) (F + I - W)     the same, and W at most F and I (ZB1P of 2401.10241)
       zbv              (pp - 1) F               2 pp microbatches, F = I = W: idle at the start only, when
                                                 rank r waits for the r ranks before it
-      dualpipev        (pp - 1) (F&B + B - 3W)  F = I = W; of the last rank, which idles longest
+      dualpipev        (pp - 1) (F&B + B - 3W)  the same; of the last rank, which idles longest
                                                 (github.com/deepseek-ai/DualPipe, where PP is our 2 pp)
                        (pp - 1) F               the same where the passes do not run together: then it is ZBV
     """
@@ -142,7 +142,7 @@ def idle_formula(schedule: Schedule, *, pp: int, num_microbatches: int, costs: C
             time = f + i - w
         case "zbv" if equal and num_microbatches >= 2 * pp:
             time = f
-        case "dualpipev" if equal:
+        case "dualpipev" if equal and num_microbatches >= 2 * pp:
             time = f if joined is None else joined + i - 2 * w
         case _:
             return None

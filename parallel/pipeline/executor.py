@@ -41,6 +41,8 @@ class PipelineSchedule:
         on_reduce: called with a stage when its gradients are complete on this rank.
         overlap: whether a forward and a backward pass that the table joins hide each other's exchanges.
         tokens_per_share: devices over which the tokens of a sequence are spread between layers (tp).
+
+    Whoever stands in `listeners` is called with each action before it is done.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class PipelineSchedule:
         self.weight_gradients, self.on_reduce = weight_gradients, on_reduce
         self.run = in_phases if overlap else in_one_go
         self.tokens_per_share = tokens_per_share
+        self.listeners: list[Callable[[Action], None]] = []
         self._table = table
         self._loss_function, self._microbatch_size = loss_function, microbatch_size
 
@@ -120,6 +123,8 @@ class _Step:
         rank = self._schedule.pp.rank
         for action in self._table.actions[rank]:
             with _named(f"pipeline rank {rank}, action {action}"):
+                for listener in self._schedule.listeners:
+                    listener(action)
                 self._do(action)
         self._mail.close()
         return self._sums()

@@ -49,23 +49,19 @@ def schedule_problems(schedule: Schedule, *, pp: int, chunks: int, num_microbatc
 def _legal(schedule: Schedule, pp: int, num_microbatches: int) -> bool:
     if num_microbatches < 1:
         return False
-    if schedule == Schedule.dualpipev:
-        return num_microbatches >= 2 * pp
     if schedule in INTERLEAVED:  # in rounds of equal size, as many as have at least pp microbatches
         return num_microbatches % max(1, num_microbatches // pp) == 0
     return True
 
 
 def _rule(schedule: Schedule, pp: int) -> str:
-    if schedule == Schedule.dualpipev:
-        return f"at least one per stage, 2 * pp = {2 * pp}"
     if schedule in INTERLEAVED:
         return f"at least 1, and a multiple of the number of rounds, microbatches // pp = n // {pp}"
     return "at least 1"
 
 
 def _nearest(schedule: Schedule, pp: int, num_microbatches: int) -> int:
-    # multiples of pp from 2 * pp on are legal in every schedule, so one lies within this window
+    # multiples of pp are legal in every schedule, so one lies within this window
     candidates = range(1, max(num_microbatches, 0) + 2 * pp + 1)
     legal = [number for number in candidates if _legal(schedule, pp, number)]
     return min(legal, key=lambda number: abs(number - num_microbatches))

@@ -134,7 +134,7 @@ class Tape:
         """Return the rows that arrive, and give up the turn while they are under way."""
         tensors, grad = exchange.tensors, torch.is_grad_enabled()
         edges = {i: get_gradient_edge(x) for i, x in enumerate(tensors) if grad and x.requires_grad}
-        back = exchange.returning(())
+        back = exchange.gradients()
         pending = exchange._replace(tensors=tuple(x.detach() for x in tensors)).start()
         del exchange, tensors
         yield

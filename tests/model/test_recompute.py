@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from model.config import Compute, Recompute
 from model.dispatch import Dispatched, LocalDispatcher
 from model.mla import MultiHeadLatentAttention
 from model.moe import MoE
-from model.recompute import core_region, region, saving
+from model.recompute import core_region, derived, region, saving
 from model.router import Routing
 from model.transformer import ModelOutput, Transformer
 from tests.model.live_bytes import LiveBytes, held_bytes
@@ -165,6 +166,33 @@ def test_a_region_runs_again_once_for_all_its_consumers() -> None:
     assert weight.grad is not None
     assert torch.equal(weight.grad[0], torch.full((3,), 10.0))
     assert torch.equal(weight.grad[1:], torch.full((2, 3), 16.0))
+
+
+def test_what_is_derived_follows_its_tensor() -> None:
+    """Recomputed with the output of a region that it was derived from; kept if derived from anything else."""
+    calls = 0
+
+    def double(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return 2 * x
+
+    x, weight = torch.ones(3, 4, requires_grad=True), torch.ones(4, requires_grad=True)
+    for wrap, held, runs in (
+        (partial(region, Recompute.deepseek, torch.sin), 0, 1),
+        (torch.sin, 2 * 4 * x.itemsize, 0),
+    ):
+        with LiveBytes() as live, saving(Recompute.deepseek):
+            y = wrap(x)
+            z = derived(double, y.detach()[1:])  # a view of the output is enough
+            loss = (z * weight).sum()
+        del y, z
+        live.forget(x, weight, loss)
+        assert live.num_bytes == held
+        calls = 0
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert calls == runs
+        torch.testing.assert_close(gradient, 2 * x.detach()[1:].sin().sum(0))
 
 
 def test_a_core_region_that_changes_its_work_is_refused() -> None:

@@ -4,19 +4,25 @@ Every process has tokens of its own, as many as it likes. What depends on them a
 input, norm, gate, shared experts) is compared with the whole layer on these tokens; the gradients of the
 experts held here with the whole layer on all processes' tokens.
 
+Experts in FP8 have tiles along the rows of all tokens. They are compared with the whole layer on everybody's
+tokens at once, in order of processes, where each expert has the same rows in the same order.
+
 Legend: S tokens of a process (one sequence), T tokens, D hidden, A experts per token, R routed rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 import torch._dynamo  # torch's checkpoint imports it at its first use, here once before processes fork
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.config import Recompute
+from model.config import Gemm, PrecisionConfig, Recompute
 from model.dispatch import Dispatched, TokenDispatcher
+from model.fp8 import Fp8Policy
+from model.kernels.fp8 import ROW_TILE, quantize
 from model.moe import MoE
 from model.norm import RMSNorm
 from model.recompute import region, run_block, saving
@@ -39,13 +45,15 @@ NUM_EXPERTS, TOP_K, HIDDEN = CONFIG.moe.num_experts, CONFIG.moe.top_k, CONFIG.hi
 
 @dataclass(frozen=True)
 class Case:
-    """tokens: per process. favoured: the gate chooses among these experts only."""
+    """tokens: per process. favoured: the gate chooses among these experts only. fp8: the routed experts."""
 
     tokens: tuple[int, ...]
     recompute: Recompute = Recompute.none
     dtype: torch.dtype = torch.float32
     favoured: tuple[int, ...] = ()
     tolerance: float = 1e-6
+    hidden: int = HIDDEN
+    fp8: bool = False
 
 
 def cases(*tokens: tuple[int, ...]) -> list[Case]:
@@ -65,8 +73,12 @@ class Layer(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.recompute = case.recompute
-        self.norm = RMSNorm(HIDDEN, eps=1e-6)
-        self.moe = MoE(CONFIG, dtype=case.dtype, recompute=case.recompute)
+        config = replace(CONFIG, hidden_size=case.hidden)
+        self.norm = RMSNorm(case.hidden, eps=1e-6)
+        self.moe = MoE(config, dtype=case.dtype, recompute=case.recompute)
+        if case.fp8:
+            policy = Fp8Policy(PrecisionConfig(gemm=Gemm.fp8_reference))
+            self.moe.experts.feed_forward = policy.experts
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.parameters():
@@ -112,8 +124,12 @@ def spread_layer(case: Case, rank: int, dispatcher: TokenDispatcher) -> Layer:
 def inputs(case: Case, rank: int) -> tuple[Tensor, Tensor]:
     """Return a process's tokens [1, S, D] and the gradient of the output [S, D]."""
     generator = torch.Generator().manual_seed(100 + rank)
-    x_1SD = torch.randn(1, case.tokens[rank], HIDDEN, generator=generator).to(case.dtype)
-    return x_1SD.requires_grad_(), torch.randn(x_1SD.shape[1:], generator=generator).to(case.dtype)
+    x_1SD = torch.randn(1, case.tokens[rank], case.hidden, generator=generator).to(case.dtype)
+    direction_SD = torch.randn(x_1SD.shape[1:], generator=generator)
+    if case.fp8:  # magnitudes that differ: with equal scales, tiles in either direction round alike
+        sizes_SD = torch.randint(-8, 9, direction_SD.shape, generator=generator)
+        direction_SD = direction_SD * torch.exp2(sizes_SD.float())
+    return x_1SD.requires_grad_(), direction_SD.to(case.dtype)
 
 
 def choices(case: Case) -> list[list[set[int]]]:
@@ -123,9 +139,15 @@ def choices(case: Case) -> list[list[set[int]]]:
     return [[set(chosen) for chosen in routing.indices_TA.tolist()] for routing in routings]
 
 
-def forward_backward(layer: Layer, case: Case, rank: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return output, gradient of the input, and the parameters' gradients, for a process's tokens."""
-    x_1SD, direction_SD = inputs(case, rank)
+Results = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Output, gradient of the input, and the parameters' gradients."""
+
+
+def forward_backward(layer: Layer, case: Case, *ranks: int) -> Results:
+    """Return what the layer gives for the tokens of some processes, one after the other."""
+    parts = [inputs(case, rank) for rank in ranks]
+    x_1SD = torch.cat([x_1SD.detach() for x_1SD, _ in parts], 1).requires_grad_()
+    direction_SD = torch.cat([direction_SD for _, direction_SD in parts])
     y_SD = layer(x_1SD)
     (y_SD * direction_SD).sum().backward()
     assert x_1SD.grad is not None
@@ -156,6 +178,64 @@ def check_parity(case: Case, rank: int, make: MakeDispatcher) -> None:
     assert max(errors.values()) < case.tolerance, f"{case}: {errors}"
     assert case.tokens[rank] == 0 or y_SD.abs().max() > 0
     check_counts(case, rank, layer.dispatched)
+
+
+def check_fp8_parity(case: Case, rank: int, make: MakeDispatcher) -> None:
+    """Assert that FP8 experts give the same wherever they are, output and every gradient."""
+    layer = spread_layer(case, rank, make(rank, case.recompute, Trace()))
+    y_SD, dx_1SD, grads = forward_backward(layer, case, rank)
+    everyone = range(len(case.tokens))
+    y_TD, dx_1TD, expected = forward_backward(Layer(replace(case, recompute=Recompute.none)), case, *everyone)
+    pairs = {
+        "output": (y_SD, y_TD.split(case.tokens)[rank]),
+        "input": (dx_1SD, dx_1TD.split(case.tokens, 1)[rank]),
+    }
+    for name, grad in grads.items():
+        if ".experts." in name:
+            pairs[name] = (grad, expected[name][held(rank, len(case.tokens))])
+        else:
+            total = grad.float()
+            dist.all_reduce(total)
+            pairs[name] = (total, expected[name])
+    errors = {name: relative(ours.float(), theirs.float()) for name, (ours, theirs) in pairs.items()}
+    assert len(errors) == 10, sorted(errors)
+    if case.dtype is torch.bfloat16:  # each process rounds its part of a sum over tokens
+        assert all(errors.pop(f"moe.shared_experts.{name}.weight") < 2e-2 for name in ("w1", "w2", "w3"))
+    assert max(errors.values()) < case.tolerance, f"{case}: {errors}"
+
+
+def check_coding_changes_no_bit(
+    case: Case, rank: int, numbers: MakeDispatcher, codes: MakeDispatcher
+) -> None:
+    """Assert that FP8 experts do not notice how their rows travelled: output, gradients, and the rows."""
+    results, rows = [], []
+    for make in (numbers, codes):
+        layer = spread_layer(case, rank, make(rank, case.recompute, Trace()))
+        results.append(forward_backward(layer, case, rank))
+        assert layer.dispatched is not None
+        rows.append(layer.dispatched.rows_RD.detach())
+    (y_SD, dx_1SD, grads), (coded_y_SD, coded_dx_1SD, coded_grads) = results
+    assert torch.equal(y_SD, coded_y_SD)
+    assert torch.equal(dx_1SD, coded_dx_1SD)
+    assert all(torch.equal(grad, coded_grads[name]) for name, grad in grads.items())
+    by_row = quantize(rows[0], ROW_TILE, power_of_two=True)
+    assert torch.equal(rows[1], by_row.dequantize(case.dtype))
+    assert rows[0].numel() == 0 or not torch.equal(rows[1], rows[0])
+
+
+def fp8_cases(*tokens: tuple[int, ...]) -> list[Case]:
+    """Return FP8 experts with every way to recompute, each numbers of tokens, and both compute types.
+
+    Rows are a tile and a part of one, or a part of one.
+    """
+    usual = Case(tokens[0], hidden=160, fp8=True, tolerance=1e-5)
+    return [
+        *(replace(usual, recompute=recompute) for recompute in Recompute),
+        *(replace(usual, tokens=some, hidden=HIDDEN) for some in tokens[1:]),
+        replace(usual, favoured=(0, 1, 2, 3)),
+        replace(usual, dtype=torch.bfloat16),
+        replace(usual, dtype=torch.bfloat16, recompute=Recompute.deepseek),
+    ]
 
 
 def check_counts(case: Case, rank: int, dispatched: Dispatched | None) -> None:
@@ -189,10 +269,13 @@ def random_tokens() -> tuple[Tensor, Routing]:
     return x_TD, Routing(indices_TA, weights_TA, load_E, torch.zeros(()))
 
 
-def check_cut_at_exchanges(dispatcher: AllToAllDispatcher | TwoHopDispatcher, *, exchanges: int) -> None:
+def check_cut_at_exchanges(
+    dispatcher: AllToAllDispatcher | TwoHopDispatcher, *, exchanges: int, fp8: bool = False
+) -> None:
     """Assert that the pieces between exchanges, differentiated one by one, give the whole gradient.
 
     What leads back around an exchange would bring a gradient to the tokens before the first piece's turn.
+    fp8: the dispatcher's rows are codes, and the gradient is the one at the tokens that these stand for.
     """
     cuts: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
 
@@ -218,6 +301,9 @@ def check_cut_at_exchanges(dispatcher: AllToAllDispatcher | TwoHopDispatcher, *,
         torch.autograd.backward([x for x, _ in wanted], [grad for _, grad in wanted])
 
     x_again_TD, plain = random_tokens()
+    if fp8:
+        coded_TD = quantize(x_again_TD.detach(), ROW_TILE, power_of_two=True)
+        x_again_TD = coded_TD.dequantize().requires_grad_()
     ((x_again_TD * plain.weights_TA.sum(1, keepdim=True)).square()).sum().backward()
     for ours, expected in ((x_TD, x_again_TD), (routing.weights_TA, plain.weights_TA)):
         assert ours.grad is not None

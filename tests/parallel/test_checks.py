@@ -212,13 +212,13 @@ def test_many_bad_batches_are_said_in_one_line():
 
 
 def test_the_schedule_is_asked_about_every_batch_size_and_answers_once():
-    (line,) = found(4, pp=4, schedule=Schedule("dualpipev"), batches=(2, 4, 8, 64))
+    (line,) = found(4, pp=4, schedule=Schedule("interleaved"), batches=(4, 9, 11, 64))
     assert line.startswith(
-        "parallel.schedule=dualpipev with dp=1: a batch of 2 is 2 microbatches: schedule=dualpipev with pp=4 "
+        "parallel.schedule=interleaved with dp=1: a batch of 9 is 9 microbatches: schedule=interleaved with "
     )
-    (line,) = found(4, pp=2, schedule=Schedule("dualpipev"), microbatch_size=8, batches=(64, 32))
-    assert "a batch of 32 is 2 microbatches" in line
-    assert line.endswith("as with microbatch_size=4")
+    (line,) = found(4, pp=2, schedule=Schedule("interleaved"), microbatch_size=4, batches=(64, 40))
+    assert "a batch of 40 is 5 microbatches" in line
+    assert line.endswith("as with microbatch_size=2 or 5")
     (line,) = found(2, pp=2, schedule=Schedule("interleaved"), chunks=1)
     assert line.startswith("parallel.chunks=1: schedule=interleaved needs at least 2 stages")
 

@@ -1,6 +1,7 @@
 """One all-to-all there and back: nothing changes but where experts live; bytes as announced."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import pytest
@@ -20,19 +21,25 @@ from tests.parallel.dispatch_parity import (
     TOP_K,
     Case,
     cases,
+    check_coding_changes_no_bit,
     check_cut_at_exchanges,
+    check_fp8_parity,
     check_parity,
     choices,
+    fp8_cases,
     held,
     held_after_dispatch,
     traffic,
 )
 
 
-def make(rank: int, recompute: Recompute, trace: Trace) -> AllToAllDispatcher:
+def make(rank: int, recompute: Recompute, trace: Trace, *, fp8: bool = False) -> AllToAllDispatcher:
     size = dist.get_world_size()
     group = Group("ep", range(size), rank=rank, handle=dist.group.WORLD, trace=trace)
-    return AllToAllDispatcher(group, NUM_EXPERTS, recompute)
+    return AllToAllDispatcher(group, NUM_EXPERTS, recompute, fp8=fp8)
+
+
+make_fp8 = partial(make, fp8=True)
 
 
 def two_processes(rank: int) -> None:
@@ -40,6 +47,10 @@ def two_processes(rank: int) -> None:
     check_order(rank, 2)
     for case in cases((7, 4), (0, 5), (5, 0), (0, 0)):
         check_parity(case, rank, make)
+    check_fp8_bytes(rank, (7, 4))
+    for case in fp8_cases((70, 40), (0, 5), (0, 0)):
+        check_coding_changes_no_bit(case, rank, make, make_fp8)
+        check_fp8_parity(case, rank, make_fp8)
 
 
 def four_processes(rank: int) -> None:
@@ -49,6 +60,10 @@ def four_processes(rank: int) -> None:
     check_order(rank, 4)
     for case in cases(tokens, (0, 0, 6, 0)):
         check_parity(case, rank, make)
+    check_fp8_bytes(rank, tokens)
+    for case in fp8_cases(tokens, (0, 0, 6, 0)):
+        check_coding_changes_no_bit(case, rank, make, make_fp8)
+        check_fp8_parity(case, rank, make_fp8)
 
 
 @pytest.mark.parametrize(("world_size", "check"), [(2, two_processes), (4, four_processes)])
@@ -58,13 +73,26 @@ def test_spreading_the_experts_changes_nothing(world_size: int, check: Callable[
 
 def check_bytes(case: Case, rank: int) -> None:
     """Counts, then rows and weights together, then rows back; the gradients of these in reverse."""
+    row = HIDDEN * 4
+    assert traffic(case, rank, make) == expected_bytes(case, rank, there=row, back=row)
+
+
+def check_fp8_bytes(rank: int, tokens: tuple[int, ...]) -> None:
+    """The rows that leave, and gradients of those that come back: 129 bytes for 128 numbers of BF16."""
+    case = Case(tokens, dtype=torch.bfloat16, hidden=256, fp8=True)
+    assert traffic(case, rank, make) == expected_bytes(case, rank, there=512, back=512)
+    assert traffic(case, rank, make_fp8) == expected_bytes(case, rank, there=2 * 129, back=512)
+
+
+def expected_bytes(case: Case, rank: int, *, there: int, back: int) -> list[tuple[str, int]]:
+    """there: bytes of a row to an expert and of the gradient of its output; back: of the other two."""
     sent = case.tokens[rank] * TOP_K
     mine = set(range(NUM_EXPERTS)[held(rank, len(case.tokens))])
     received = sum(len(mine & chosen) for tokens in choices(case) for chosen in tokens)
-    row, weight, count = HIDDEN * 4, 4, 8
-    forward = [count * NUM_EXPERTS, sent * row, sent * weight, received * row]
-    backward = [sent * row, received * row, received * weight]
-    assert traffic(case, rank, make) == [("ep", num_bytes) for num_bytes in forward + backward]
+    weight, count = 4, 8
+    forward = [count * NUM_EXPERTS, sent * there, sent * weight, received * back]
+    backward = [sent * there, received * back, received * weight]
+    return [("ep", num_bytes) for num_bytes in forward + backward]
 
 
 def check_order(rank: int, world_size: int) -> None:
@@ -114,6 +142,16 @@ def test_steps_pause_at_one_exchange_each_way() -> None:
     assert [tuple(x.shape) for x in back.tensors] == [(6, 2)]
 
 
+def test_coded_rows_pause_at_the_same_exchanges() -> None:
+    """Shell, bytes and weights leave; the shell asks for the gradient."""
+    dispatcher = AllToAllDispatcher(Group("ep"), NUM_EXPERTS, fp8=True)
+    x_TD = torch.randn(3, 200, requires_grad=True)
+    exchange = next(dispatcher.dispatch_steps(x_TD, routing(0, torch.tensor([[5, 0], [2, 5], [7, 2]]))))
+    assert [tuple(x.shape) for x in exchange.tensors] == [(6, 200), (6, 202), (6,)]
+    assert [x.requires_grad for x in exchange.tensors] == [True, False, False]
+    assert exchange.tensors[0].untyped_storage().nbytes() == 4
+
+
 @pytest.mark.parametrize("recompute", [Recompute.none, Recompute.deepseek])
 def test_copies_are_kept_only_where_nothing_is_recomputed(recompute: Recompute) -> None:
     dispatcher = AllToAllDispatcher(Group("ep"), NUM_EXPERTS, recompute)
@@ -122,7 +160,9 @@ def test_copies_are_kept_only_where_nothing_is_recomputed(recompute: Recompute) 
 
 
 def test_only_exchanged_tensors_lead_back() -> None:
-    check_cut_at_exchanges(AllToAllDispatcher(Group("ep"), NUM_EXPERTS), exchanges=2)
+    for fp8 in (False, True):
+        dispatcher = AllToAllDispatcher(Group("ep"), NUM_EXPERTS, fp8=fp8)
+        check_cut_at_exchanges(dispatcher, exchanges=2, fp8=fp8)
 
 
 def test_experts_must_divide_evenly() -> None:

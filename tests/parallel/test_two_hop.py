@@ -1,6 +1,7 @@
 """Two hops: the same results as on one process, and between nodes a token travels once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,21 +16,25 @@ from parallel.two_hop import TwoHopDispatcher
 from tests.distributed import run_ranks
 from tests.parallel.dispatch_parity import (
     CONFIG,
-    HIDDEN,
     NUM_EXPERTS,
     TOP_K,
     Case,
     MakeDispatcher,
     cases,
+    check_coding_changes_no_bit,
     check_cut_at_exchanges,
+    check_fp8_parity,
     check_parity,
     choices,
+    fp8_cases,
     held_after_dispatch,
     traffic,
 )
 
+BF16 = 2e-2
 
-def maker(num_nodes: int, places: int) -> MakeDispatcher:
+
+def maker(num_nodes: int, places: int, *, fp8: bool = False) -> MakeDispatcher:
     """Create the groups of nodes x places processes; return how to make a dispatcher for them."""
     across = [[node * places + place for node in range(num_nodes)] for place in range(places)]
     inside = [[node * places + place for place in range(places)] for node in range(num_nodes)]
@@ -41,7 +46,8 @@ def maker(num_nodes: int, places: int) -> MakeDispatcher:
             handle: Any = handles.get(tuple(ranks))
             return Group(name, ranks, rank=ranks.index(rank), handle=handle, trace=trace)
 
-        return TwoHopDispatcher(group("inter", across), group("intra", inside), NUM_EXPERTS, recompute)
+        hops = (group("inter", across), group("intra", inside))
+        return TwoHopDispatcher(*hops, NUM_EXPERTS, recompute, fp8=fp8)
 
     return make
 
@@ -55,11 +61,23 @@ def two_nodes_of_two(rank: int) -> None:
     check_bytes(Case(tokens), rank, 4, 1)
     for case in cases(tokens, (0, 0, 6, 0), (0, 0, 0, 0)):
         check_parity(case, rank, make)
+    check_fp8(rank, tokens, make, maker(2, 2, fp8=True))
+    check_bytes(replace(Case(tokens), dtype=torch.bfloat16, hidden=256), rank, 2, 2)
+    check_bytes(replace(Case(tokens), dtype=torch.bfloat16, hidden=256, fp8=True), rank, 2, 2)
+
+
+def check_fp8(rank: int, tokens: tuple[int, ...], numbers: MakeDispatcher, codes: MakeDispatcher) -> None:
+    for case in fp8_cases(tokens, (0,) * (len(tokens) - 1) + (6,)):
+        check_coding_changes_no_bit(case, rank, numbers, codes)
+        # in BF16 the sums of a token's rows are rounded on each hop, as they are without FP8
+        check_fp8_parity(replace(case, tolerance=BF16) if case.dtype is torch.bfloat16 else case, rank, codes)
 
 
 def one_node_or_one_place(rank: int) -> None:
     for make, case in product((maker(1, 2), maker(2, 1)), cases((7, 4), (0, 5))):
         check_parity(case, rank, make)
+    for nodes, places in ((1, 2), (2, 1)):
+        check_fp8(rank, (70, 40), maker(nodes, places), maker(nodes, places, fp8=True))
 
 
 @pytest.mark.parametrize(("world_size", "check"), [(4, two_nodes_of_two), (2, one_node_or_one_place)])
@@ -88,21 +106,22 @@ def check_bytes(case: Case, rank: int, num_nodes: int, places: int) -> None:
     sent_intra = sum(process // places == node for chosen in here for process in processes(chosen))
     at_experts = sum(rank in processes(chosen) for tokens in everyone for chosen in tokens)
 
-    row, labels, count = HIDDEN * 4, TOP_K * 4, 8
+    back_row, labels, count = case.hidden * case.dtype.itemsize, TOP_K * 4, 8
+    row = case.hidden + case.hidden // 128 if case.fp8 else back_row  # codes, and a scale for each 128
     counts = [("inter", num_nodes * (1 + places * (1 + per_process)) * count)]
     counts += [("intra", places * (1 + per_process) * count)]
     there = [("inter", sent_inter * row), *[("inter", sent_inter * labels)] * 2]
     there += [("intra", sent_intra * row), *[("intra", sent_intra * labels)] * 2]
-    back = [("intra", at_experts * row), ("inter", len(here) * row)]
+    back = [("intra", at_experts * back_row), ("inter", len(here) * back_row)]
     gradients_there = [("inter", sent_inter * row), ("intra", sent_intra * row)]
-    gradients_back = [("intra", at_experts * row), ("intra", at_experts * labels)]
-    gradients_back += [("inter", len(here) * row), ("inter", len(here) * labels)]
+    gradients_back = [("intra", at_experts * back_row), ("intra", at_experts * labels)]
+    gradients_back += [("inter", len(here) * back_row), ("inter", len(here) * labels)]
     # full recomputation dispatches again when the experts' backward pass asks for their rows
     again = counts + there if case.recompute is Recompute.full else []
     expected = counts + there + back + gradients_there + again + gradients_back
     alone = {name for name, size in (("inter", num_nodes), ("intra", places)) if size == 1}
     crossing = [call for call in expected if call[0] not in alone]
-    assert traffic(case, rank, maker(num_nodes, places)) == crossing
+    assert traffic(case, rank, maker(num_nodes, places, fp8=case.fp8)) == crossing
 
 
 def test_a_token_travels_as_one_row_to_all_its_experts_behind_a_member() -> None:
@@ -146,7 +165,9 @@ def test_copies_are_kept_only_where_nothing_is_recomputed(recompute: Recompute) 
 
 
 def test_only_exchanged_tensors_lead_back() -> None:
-    check_cut_at_exchanges(TwoHopDispatcher(Group("inter"), Group("intra"), NUM_EXPERTS), exchanges=4)
+    for fp8 in (False, True):
+        dispatcher = TwoHopDispatcher(Group("inter"), Group("intra"), NUM_EXPERTS, fp8=fp8)
+        check_cut_at_exchanges(dispatcher, exchanges=4, fp8=fp8)
 
 
 def test_experts_must_divide_evenly() -> None:

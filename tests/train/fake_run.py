@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
+from model.config import AttentionConfig, Gemm, ModelConfig, MoEConfig, PrecisionConfig, YarnConfig
 from model.cost import flops_per_token
 from parallel.cluster import ClusterConfig
 from train.config import BatchConfig, LoggingConfig, RunConfig, StageConfig, WandbMode
@@ -27,6 +27,7 @@ UNIFORM, UNIGRAM, BIGRAM = math.log(4096), 6.71, 4.38
 LAYERS = ["layers.1", "layers.2", "layers.3", "layers.4", "mtp.0"]
 NUM_EXPERTS = 32
 PEAK_TFLOPS = 0.8
+FP8_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def fake_config(stages: list[FakeStage] = STAGES) -> RunConfig:
             ),
         ),
         cluster=ClusterConfig(name="laptop", peak_tflops=PEAK_TFLOPS),
-        logging=LoggingConfig(wandb=WandbMode.disabled, histogram_every=20),
+        precision=PrecisionConfig(gemm=Gemm.fp8_reference),
+        logging=LoggingConfig(wandb=WandbMode.disabled, histogram_every=20, fp8_every=FP8_EVERY),
         stages={
             s.name: StageConfig(
                 seq_len=s.seq_len,
@@ -118,7 +120,21 @@ def fake_results(rng: np.random.Generator, stages: list[FakeStage] = STAGES) -> 
                 load_LE=load_LE,
                 bias_LE=torch.from_numpy(-skew_LE * 0.05 * (1 - math.exp(-progress))).float(),
                 seconds=(0.42 + 0.1 * index) * (1 + 0.08 * abs(rng.normal())),
+                fp8=fake_fp8(step) if step % FP8_EVERY == 0 else None,
             )
+
+
+def fake_fp8(step: int) -> dict[str, dict[str, float]]:
+    """Return shares that differ by class and grow slowly, as gradients shrink."""
+    kinds = ("weights", "activations", "expert_rows", "gradients")
+    return {
+        kind: {
+            "underflow": i * 1e-3 * (1 + step / 600),
+            "saturated": 8e-3 + i * 1e-4,
+            "amax": 10.0 ** (1 - i),
+        }
+        for i, kind in enumerate(kinds)
+    }
 
 
 def _fake_load(rng: np.random.Generator, skew_LE: np.ndarray, *, dead: bool) -> torch.Tensor:

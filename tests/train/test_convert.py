@@ -23,6 +23,7 @@ from train.config import RunConfig, StageConfig
 from train.convert import main, parse_size
 from train.errors import RunError
 from train.hf import writer as hf_writer
+from train.hf.encoding import Encoding, ExportType
 from train.hf.folder import INDEX_FILE, HfFolder, dequantize_blocks
 from train.hf.progress import byte_progress
 from train.hf.writer import plan_shards, write_shards
@@ -63,7 +64,12 @@ def random_state(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def write_run(
-    folder: Path, config: ModelConfig, *, yarn: YarnConfig | None = None, compute: Compute = Compute.fp32
+    folder: Path,
+    config: ModelConfig,
+    *,
+    yarn: YarnConfig | None = None,
+    compute: Compute = Compute.fp32,
+    precision: PrecisionConfig | None = None,
 ) -> dict[str, Tensor]:
     """Write a run as training leaves it, moments and average included; return its weights."""
     folder.mkdir(parents=True)
@@ -74,7 +80,7 @@ def write_run(
         name=folder.name,
         root=str(folder.parent),
         model=config,
-        precision=PrecisionConfig(compute=compute),
+        precision=precision or PrecisionConfig(compute=compute),
         stages={"pretrain": StageConfig(seq_len=64, num_tokens=1, yarn=yarn)},
     )
     run.data.tokenizer = str(tokenizer)
@@ -461,11 +467,13 @@ def test_sources_that_are_no_run(
     assert "config.json" in refused(capsys, "from-hf", tmp_path / name, tmp_path / "hf")
 
 
-def test_shards_are_filled_one_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [ExportType.FP32, ExportType.FP8])
+def test_shards_are_filled_one_at_a_time(dtype: ExportType, tmp_path: Path) -> None:
     """No source is read twice for neighbouring shards, and a file is never larger than asked."""
     config = tiny(num_mtp_layers=1)
     state = random_state(config)
-    shards = plan_shards(hf_tensors(config), dtype=torch.float32, shard_bytes=2500)
+    encoding = Encoding(type=dtype)
+    shards = plan_shards(hf_tensors(config), encoding=encoding, shard_bytes=2500)
     reads: list[str] = []
 
     def read(names: Any) -> dict[str, Tensor]:
@@ -474,7 +482,7 @@ def test_shards_are_filled_one_at_a_time(tmp_path: Path) -> None:
 
     done: list[str] = []
     write_shards(
-        tmp_path, shards, dtype=torch.float32, read_sources=read, written=lambda s: done.append(s.file)
+        tmp_path, shards, encoding=encoding, read_sources=read, written=lambda s: done.append(s.file)
     )
     assert done == [shard.file for shard in shards]
     assert all(shard.num_bytes <= 2500 or len(shard.tensors) == 1 for shard in shards)

@@ -60,7 +60,7 @@ RATES = [1e-2, 5e-3, 2e-2, 1e-3, 1e-3, 3e-3]
 
 @pytest.mark.parametrize("chunk", [64, 1 << 18])
 def test_six_clipped_steps_equal_torch(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_module, "_CPU_CHUNK", chunk)
+    monkeypatch.setattr(optimizer_module, "CPU_CHUNK", chunk)
     config = OptimizerConfig(moments=Moments.fp32, lr_multipliers={"2.*": 0.5, "*": 2.0})
     factors = {"0.weight": 2.0, "0.bias": 2.0, "2.weight": 0.5, "2.bias": 0.5}
     model, reference = network(), network()

@@ -3,6 +3,7 @@
 import pytest
 
 from model.config import YarnConfig
+from parallel.checks import layout_of
 from tests.golden.compose import FOLDER, RECIPES, compose_run, golden_text
 from tests.golden.config_reference import PAGE, page
 from train.schedule import batch_size_at, lr_at, num_steps, steps_value
@@ -18,7 +19,8 @@ def test_recipe_equals_its_golden_file(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_breaks_no_rule(recipe):
-    assert problems(compose_run(f"recipe={recipe}")) == []
+    config = compose_run(f"recipe={recipe}")
+    assert problems(config, world_size=config.cluster.num_devices or 1) == []
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -76,6 +78,18 @@ def test_deepseek_v3_extends_as_published(stage, seq_len, batch):
     assert extension.yarn == YarnConfig(
         factor=40.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0
     )
+
+
+def test_every_stage_of_deepseek_v3_gives_a_rank_as_many_tokens():
+    config = compose_run("recipe=deepseek_v3")
+    assert config.cluster.num_devices == 2048
+    for stage in config.stages.values():
+        assert stage.parallel is not None
+        layout = layout_of(stage.parallel, 2048)
+        assert (layout.pp, layout.ep, layout.dp * layout.cp) == (16, 64, 128)
+        assert stage.seq_len // layout.cp == 4096
+        assert stage.batch.end // layout.dp == 120
+    assert config.stages["pretrain_4k"].batch.start // 128 == 24
 
 
 def test_smoke_is_v3_scaled_down():

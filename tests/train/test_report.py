@@ -57,6 +57,7 @@ def test_every_figure_has_its_place_and_its_title(page: Page):
         "MFU",
     }
     expected |= {"Expert load over time", "MaxVio per layer", "Load entropy", "Spread of the router bias"}
+    expected |= {"FP8 underflow", "FP8 at the largest code", "FP8 magnitudes"}
     expected |= {"Bias speed", "Balance loss", "Dead experts", "Throughput", "Compute rate", "Memory"}
     for stage in STAGES:
         expected |= {f"{stage.name}: loss by position", f"{stage.name}: needle in a haystack"}

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from model.errors import WeightsError
 from model.hf import HfTensor
+from model.kernels.fp8 import BLOCK
+from train.hf.encoding import SCALE_SUFFIX
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 
-FP8_BLOCK = 128
-SCALE_SUFFIX = "_scale_inv"
 WEIGHT_TYPES = ("F32", "BF16", "F16")
 FP8_TYPE = "F8_E4M3"
 
@@ -132,7 +132,7 @@ class HfFolder:
 
     def _scale_problems(self, tensor: HfTensor) -> list[str]:
         name = tensor.name + SCALE_SUFFIX
-        blocks = tuple(-(-size // FP8_BLOCK) for size in tensor.shape)
+        blocks = tuple(-(-size // BLOCK) for size in tensor.shape)
         if name not in self.tensors:
             return [f"missing: {name} {list(blocks)}, the factors of an FP8 weight"]
         shape = self.tensors[name].shape
@@ -163,9 +163,7 @@ def dequantize_blocks(weight_OI: Tensor, scale_PQ: Tensor) -> Tensor:
     Blocks at the right and lower edge may be partly empty.
     """
     rows, columns = weight_OI.shape
-    spread = (
-        scale_PQ.float().repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
-    )
+    spread = scale_PQ.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return weight_OI.to(torch.float32) * spread
 
 

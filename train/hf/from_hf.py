@@ -20,10 +20,10 @@ from data.config import DataConfig
 from model.config import Compute, ModelConfig, PrecisionConfig
 from model.errors import WeightsError
 from model.hf import HfTensor, hf_tensors, is_mtp_tensor, source_shapes
-from model.hf_config import HfModel, from_hf_config
+from model.hf_config import FP8_BLOCKS, HfModel, from_hf_config
 from train.checkpoints.manager import CheckpointManager
 from train.config import RunConfig, StageConfig
-from train.hf.folder import CONFIG_FILE, FP8_BLOCK, TOKENIZER_FILE, HfFolder, MtpWeights, read_json
+from train.hf.folder import CONFIG_FILE, TOKENIZER_FILE, HfFolder, MtpWeights, read_json
 from train.hf.fresh_folder import fresh_folder
 from train.hf.progress import byte_progress
 from train.state import TrainState
@@ -111,10 +111,11 @@ def _check_quantization(values: Mapping[str, Any], *, path: Path) -> None:
     if quantization is None:
         return
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method != "fp8" or list(block or []) != [FP8_BLOCK, FP8_BLOCK]:
+    readable = FP8_BLOCKS["weight_block_size"]
+    if method != "fp8" or list(block or []) != readable:
         raise WeightsError(
             f"{path}: quantization_config has quant_method={method!r}, weight_block_size={block}; only "
-            f"'fp8' in blocks of {[FP8_BLOCK, FP8_BLOCK]} can be read, or weights that are not quantised"
+            f"'fp8' in blocks of {readable} can be read, or weights that are not quantised"
         )
 
 

@@ -1,13 +1,12 @@
 """From a run to DeepSeek's open weights: config.json, safetensors shards, generation defaults, the tokenizer.
 
-The FP32 weights of a checkpoint are read as they are needed, a shard at a time, and rounded once to the type
-that is written.
+The FP32 weights of a checkpoint are read as they are needed, a shard at a time, and written as
+train/hf/encoding.py says: in BF16, FP32, or DeepSeek's FP8 blocks.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from data.errors import DataError
 from data.tokenizer import Tokenizer, load_tokenizer
-from model.config import Compute
+from model.config import Compute, Fp8Scales, PrecisionConfig
 from model.hf import Role, hf_tensors, source_shapes
 from model.hf_config import HfModel, to_hf_config
 from train.checkpoints.coverage import problems
@@ -26,22 +25,13 @@ from train.checkpoints.metadata import read_metadata
 from train.checkpoints.storage import load_tensors
 from train.config import RunConfig
 from train.errors import RunError
+from train.hf.encoding import Encoding, ExportType
 from train.hf.folder import CONFIG_FILE, TOKENIZER_FILE, MtpWeights
 from train.hf.fresh_folder import fresh_folder
 from train.hf.progress import byte_progress
 from train.hf.writer import plan_shards, write_shards
 from train.load import Weights, find_checkpoint, stage_of
 from train.stored_config import read_config
-
-
-class ExportType(StrEnum):
-    """The type weights are written in."""
-
-    BF16 = "bf16"
-    FP32 = "fp32"
-
-
-DTYPES = {ExportType.BF16: torch.bfloat16, ExportType.FP32: torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +70,8 @@ class ExportOptions:
 
     dtype: ExportType | None = None
     """None: the type the run computes in, BF16 for FP16, whose range trained weights may leave."""
+    fp8_scales: Fp8Scales | None = None
+    """Of FP8 weights; None: those of the run, `precision.fp8_scales`."""
     shard_bytes: int = 5 * 10**9
     mtp: MtpWeights = MtpWeights.KEEP
     weights: Weights = Weights.MODEL
@@ -98,20 +90,32 @@ def export_weights(source: Path, target: Path, *, options: ExportOptions, consol
     stored = CheckpointWeights.open(saved.path, run, options.weights)
     kept = replace(run.model, num_mtp_layers=0) if options.mtp is MtpWeights.DROP else run.model
     model = HfModel(config=kept, yarn=stage.yarn, seq_len=stage.seq_len)
-    compute_type = ExportType.FP32 if run.precision.compute is Compute.fp32 else ExportType.BF16
-    dtype = DTYPES[options.dtype or compute_type]
-    shards = plan_shards(hf_tensors(kept), dtype=dtype, shard_bytes=options.shard_bytes)
+    encoding = _encoding(options, run.precision)
+    shards = plan_shards(hf_tensors(kept), encoding=encoding, shard_bytes=options.shard_bytes)
     with fresh_folder(target) as partial:
         total = sum(shard.num_bytes for shard in shards)
         with byte_progress(console, verb="writing", total_bytes=total) as advance:
             write_shards(
                 partial,
                 shards,
-                dtype=dtype,
+                encoding=encoding,
                 read_sources=stored.read,
                 written=lambda shard: advance(shard.file, shard.num_bytes),
             )
-        _write_settings(partial, model, dtype=dtype, tokenizer=_tokenizer(run, console))
+        _write_settings(partial, model, encoding=encoding, tokenizer=_tokenizer(run, console))
+
+
+def _encoding(options: ExportOptions, precision: PrecisionConfig) -> Encoding:
+    compute_type = ExportType.FP32 if precision.compute is Compute.fp32 else ExportType.BF16
+    encoding = Encoding(
+        type=options.dtype or compute_type, fp8_scales=options.fp8_scales or precision.fp8_scales
+    )
+    if options.fp8_scales and not encoding.fp8:
+        raise RunError(
+            f"--fp8-scales={options.fp8_scales} is about FP8 weights, and these are written in "
+            f"{encoding.type}; add --dtype fp8, or leave --fp8-scales out"
+        )
+    return encoding
 
 
 def _tokenizer(run: RunConfig, console: Console) -> Tokenizer | None:
@@ -133,9 +137,10 @@ def _tokenizer(run: RunConfig, console: Console) -> Tokenizer | None:
     return None
 
 
-def _write_settings(folder: Path, model: HfModel, *, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
-    name = str(dtype).removeprefix("torch.")
-    config = to_hf_config(model, dtype=name, eos_token_id=tokenizer.eos_id if tokenizer else None)
+def _write_settings(folder: Path, model: HfModel, *, encoding: Encoding, tokenizer: Tokenizer | None) -> None:
+    name = str(encoding.dtype).removeprefix("torch.")
+    eos_token_id = tokenizer.eos_id if tokenizer else None
+    config = to_hf_config(model, dtype=name, eos_token_id=eos_token_id, fp8=encoding.fp8)
     _write_json(folder / CONFIG_FILE, config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})

@@ -7,14 +7,13 @@ memory than the source tensors that one shard is cut from, and that shard.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.hf import HfTensor, Role
+from model.hf import HfTensor
+from train.hf.encoding import Encoding
 from train.hf.folder import INDEX_FILE
 
 ReadSources = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -30,17 +29,15 @@ class Shard:
     num_bytes: int
 
 
-def stored_type(tensor: HfTensor, dtype: torch.dtype) -> torch.dtype:
-    """Return the type a tensor is written in: router biases are FP32 whatever the weights are."""
-    return torch.float32 if tensor.role is Role.ROUTER_BIAS else dtype
+def plan_shards(tensors: Sequence[HfTensor], *, encoding: Encoding, shard_bytes: int) -> list[Shard]:
+    """Cut the tensors, in order, into files of at most `shard_bytes`; a larger tensor gets its own file.
 
-
-def plan_shards(tensors: Sequence[HfTensor], *, dtype: torch.dtype, shard_bytes: int) -> list[Shard]:
-    """Cut the tensors, in order, into files of at most `shard_bytes`; a larger tensor gets its own file."""
+    The scales of an FP8 weight are in the file of its codes.
+    """
     groups: list[list[HfTensor]] = []
     sizes: list[int] = []
     for tensor in tensors:
-        size = prod(tensor.shape) * stored_type(tensor, dtype).itemsize
+        size = encoding.num_bytes(tensor)
         if not groups or sizes[-1] + size > shard_bytes:
             groups.append([])
             sizes.append(0)
@@ -56,7 +53,7 @@ def write_shards(
     folder: Path,
     shards: Sequence[Shard],
     *,
-    dtype: torch.dtype,
+    encoding: Encoding,
     read_sources: ReadSources,
     written: Callable[[Shard], None],
 ) -> None:
@@ -67,20 +64,24 @@ def write_shards(
         # Stacked experts often end in the next shard: keep what is still needed, read the rest.
         held = {name: tensor for name, tensor in held.items() if name in needed}
         held |= read_sources([name for name in needed if name not in held])
-        save_file(
-            {tensor.name: _cut(held[tensor.source], tensor, dtype) for tensor in shard.tensors},
-            folder / shard.file,
-            metadata={"format": "pt"},
-        )
+        save_file(_fill(shard, held, encoding), folder / shard.file, metadata={"format": "pt"})
         written(shard)
     index = {
         "metadata": {"total_size": sum(shard.num_bytes for shard in shards)},
-        "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
+        "weight_map": {
+            name: shard.file
+            for shard in shards
+            for tensor in shard.tensors
+            for name in encoding.names(tensor)
+        },
     }
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _cut(source: Tensor, tensor: HfTensor, dtype: torch.dtype) -> Tensor:
-    """Return a copy of the part of `source` that is `tensor`: files may not share memory between tensors."""
-    part = source if tensor.expert is None else source[tensor.expert]
-    return part.to(stored_type(tensor, dtype), copy=True).contiguous()
+def _fill(shard: Shard, sources: dict[str, Tensor], encoding: Encoding) -> dict[str, Tensor]:
+    """Return what stands in the file of a shard, by name."""
+    tensors: dict[str, Tensor] = {}
+    for tensor in shard.tensors:
+        source = sources[tensor.source]
+        tensors |= encoding.encode(tensor, source if tensor.expert is None else source[tensor.expert])
+    return tensors

@@ -13,6 +13,7 @@ Legend: L MoE layers (multi-token prediction blocks included), E routed experts 
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class StepResult:
     load_LE: Tensor  # int64 on the CPU: tokens each expert received
     bias_LE: Tensor  # FP32 on the CPU: router biases after the update
     seconds: float
+    fp8: Mapping[str, Mapping[str, float]] | None = None  # what FP8 lost, in the steps that count it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,8 @@ def step_record(
     record["dead_experts"] = dict(zip(layer_names, statistics.dead, strict=True))
     if histogram:
         record["load"] = dict(zip(layer_names, result.load_LE.tolist(), strict=True))
+    if result.fp8 is not None:
+        record["fp8"] = {kind: dict(values) for kind, values in result.fp8.items()}
     record["timing"] = _timing(
         result, flops_per_token=flops_per_token, peak_tflops=peak_tflops, num_devices=num_devices
     )

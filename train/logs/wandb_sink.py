@@ -93,6 +93,8 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         values["train/loss_scale"] = record["loss_scale"]
     for quantity in ("max_vio", "load_entropy", "bias_range", "dead_experts"):
         values |= {f"router/{quantity}/{layer}": float(value) for layer, value in record[quantity].items()}
+    for kind, quantities in record.get("fp8", {}).items():
+        values |= {f"fp8/{kind}/{name}": value for name, value in quantities.items()}
     values |= {f"timing/{name}": value for name, value in record["timing"].items() if value is not None}
     return values
 

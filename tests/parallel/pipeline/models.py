@@ -6,13 +6,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig, Recompute
+from model.config import Gemm, ModelConfig, PrecisionConfig, Recompute
+from model.fp8 import Fp8Policy, install_fp8
 from model.init import initialize
 from model.moe import MoE
 from model.transformer import ModelOutput, Part, Transformer
 from model.weight_gradients import WeightGradients, install
 from parallel.apply import parallelize
-from parallel.config import ParallelConfig, Schedule
+from parallel.config import Dispatcher, ParallelConfig, Schedule
 from parallel.expert import AllToAllDispatcher
 from parallel.groups import Group
 from parallel.mesh import Mesh, single_process
@@ -68,7 +69,10 @@ def use_exchanges(model: nn.Module, ep: Group, config: ModelConfig, recompute: R
 
 
 class RankSchedule:
-    """The stages of one rank, and the schedule over them."""
+    """The stages of one rank, and the schedule over them.
+
+    fp8_dispatch: products inside the blocks are FP8, and what is exchanged for them is too, or not.
+    """
 
     def __init__(
         self,
@@ -81,6 +85,8 @@ class RankSchedule:
         recompute: Recompute = Recompute.none,
         overlap: bool = False,
         ep: Group | None = None,
+        dispatcher: Dispatcher = Dispatcher.alltoall,
+        fp8_dispatch: bool | None = None,
     ) -> None:
         sizes = {"pp": mesh.pp.size, "chunks": chunks}
         parts = parts_of(config, num_stages(schedule, **sizes))
@@ -92,7 +98,10 @@ class RankSchedule:
         weights = WeightGradients()
         for chunk in self.chunks.values():
             install(chunk, weights)
-            parallelize(chunk, mesh, ParallelConfig(recompute=recompute))
+            asked = ParallelConfig(recompute=recompute, dispatcher=dispatcher)
+            parallelize(chunk, mesh, asked, fp8_dispatch=bool(fp8_dispatch))
+            if fp8_dispatch is not None:
+                install_fp8(chunk, Fp8Policy(PrecisionConfig(gemm=Gemm.fp8_reference)), weights)
             if ep is not None:
                 use_exchanges(chunk, ep, config, recompute)
         self.reduced: list[int] = []

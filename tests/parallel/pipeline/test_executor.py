@@ -87,7 +87,9 @@ def test_three_stages_per_rank() -> None:
 
 
 def test_four_ranks() -> None:
-    check(config_of(8), Layout(pp=4), [(name, 8, PLAIN, False) for name in Schedule])
+    cases = [(name, 8, PLAIN, False) for name in Schedule]
+    cases += [("dualpipev", 3, PLAIN, True), ("zbv", 3, PLAIN, False)]  # fewer than fill the pipeline
+    check(config_of(8), Layout(pp=4), cases)
 
 
 def test_experts_on_other_ranks_with_and_without_overlap() -> None:

@@ -29,6 +29,6 @@ def test_every_schedule_has_its_line(
 def test_a_schedule_that_cannot_run_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = printed(monkeypatch, capsys, "--pp", "4", "--microbatches", "6")
-    (reason,) = [line for line in lines if line.startswith("dualpipev")]
-    assert "8" in reason
+    lines = printed(monkeypatch, capsys, "--pp", "4", "--microbatches", "9")
+    (reason,) = [line for line in lines if line.startswith("interleaved:")]
+    assert "the nearest number is 8" in reason

@@ -25,12 +25,11 @@ def test_eight_microbatches_on_four_ranks_suit_everybody(name: str) -> None:
     assert problems(name) == []
 
 
-def test_dualpipev_needs_a_microbatch_for_each_stage() -> None:
-    (problem,) = problems("dualpipev", num_microbatches=7)
-    assert problem == (
-        "7 microbatches: schedule=dualpipev with pp=4 needs at least one per stage, 2 * pp = 8; "
-        "the nearest number is 8"
-    )
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zbv", "dualpipev"])
+def test_others_than_the_interleaved_take_any_number_of_microbatches(name: str) -> None:
+    assert [problems(name, num_microbatches=number) for number in (1, 3, 7, 9)] == [[]] * 4
+    (problem,) = problems(name, num_microbatches=0)
+    assert problem.endswith("needs at least 1; the nearest number is 1")
 
 
 @pytest.mark.parametrize(("asked", "nearest"), [(9, 8), (11, 10), (13, 12), (17, 16), (23, 24)])

@@ -18,12 +18,12 @@ Interpret = Callable[..., Any]
 """Calls a function of a test module, with arguments that can be pickled, in the interpreting process."""
 
 
-def _set_interpreter() -> None:
+def set_interpreter() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
 def interpret() -> Iterator[Interpret]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_set_interpreter) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=set_interpreter) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result()

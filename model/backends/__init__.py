@@ -1,0 +1,1 @@
+"""What multiplies in FP8: plain torch, the Triton kernels, or Transformer Engine behind an adapter."""

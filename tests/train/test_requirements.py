@@ -1,0 +1,132 @@
+"""What a backend needs is named before anything starts, all of it, with what runs instead."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from model.config import AttentionConfig, Fp8Scales, Gemm, ModelConfig, MoEConfig, PrecisionConfig
+from parallel.config import Engine, ParallelConfig
+from tests.golden.compose import compose_run
+from train.errors import RunError
+from train.requirements import Machine, backend_problems, find_machine, machine_problems
+from train.validate import check, problems
+
+NOTHING = Machine(capability=None, cuda=None, triton=False, interprets=False, transformer_engine=None)
+HOPPER = Machine(
+    capability=(9, 0), cuda=(12, 9), triton=True, interprets=False, transformer_engine="2.20.2+abc"
+)
+TRITON = PrecisionConfig(gemm=Gemm.fp8_triton)
+TE = PrecisionConfig(gemm=Gemm.fp8_te)
+
+
+def test_what_there_is_suffices() -> None:
+    assert machine_problems(TRITON, HOPPER) == machine_problems(TE, HOPPER) == []
+    for gemm in (Gemm.compute, Gemm.fp8_reference):
+        assert machine_problems(PrecisionConfig(gemm=gemm), NOTHING) == []
+    blackwell = replace(HOPPER, capability=(10, 0), cuda=(13, 0))
+    assert machine_problems(TRITON, blackwell) == []
+    assert (
+        machine_problems(PrecisionConfig(gemm=Gemm.fp8_te, fp8_scales=Fp8Scales.power_of_two), blackwell)
+        == []
+    )
+    interpreter = replace(NOTHING, triton=True, interprets=True)
+    assert machine_problems(TRITON, interpreter) == []
+    assert machine_problems(TE, interpreter) != []
+
+
+@pytest.mark.parametrize(
+    ("precision", "machine", "missing"),
+    [
+        (TRITON, replace(HOPPER, capability=(8, 0)), "a GPU of compute capability 9.0 or more, not 8.0"),
+        (TRITON, replace(HOPPER, triton=False), "the package triton, which is not installed"),
+        (TRITON, replace(HOPPER, capability=None), "a CUDA GPU, with device=cuda or device=auto"),
+        (TE, replace(HOPPER, cuda=(12, 8)), "torch built for CUDA 12.9 or later, not 12.8"),
+        (TE, replace(HOPPER, cuda=None), "torch built for CUDA 12.9 or later, not for the CPU"),
+        (TE, replace(HOPPER, transformer_engine=None), "transformer-engine 2.20, which is not installed"),
+        (TE, replace(HOPPER, transformer_engine="2.5.0"), "transformer-engine 2.20, not 2.5.0"),
+        (TE, replace(HOPPER, import_error="OSError: libcudnn"), "but it says: OSError: libcudnn"),
+        (TE, replace(HOPPER, capability=(10, 0)), "precision.fp8_scales=power_of_two on this GPU"),
+    ],
+)
+def test_what_is_missing_is_named(precision: PrecisionConfig, machine: Machine, missing: str) -> None:
+    (line,) = machine_problems(precision, machine)
+    assert line.startswith(f"precision.gemm={precision.gemm} needs ")
+    assert missing in line
+    assert line.endswith("use precision=fp8_reference (emulated: slow) or precision=bf16")
+
+
+def test_everything_that_is_missing_is_named_at_once() -> None:
+    assert len(machine_problems(TE, NOTHING)) == 3
+    assert len(machine_problems(TRITON, NOTHING)) == 2
+    config = compose_run(
+        "recipe=smoke", "precision=fp8_te", "precision.compute=fp32", "model.moe.num_groups=3"
+    )
+    with pytest.raises(RunError) as caught:
+        check(config, machine=NOTHING)
+    assert caught.value.exit_code == 2
+    for part in (
+        "gemm=fp8_te needs compute=bf16",
+        "num_groups=3 must divide",
+        "needs a CUDA GPU",
+        "12.9",
+        "2.20",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_configuration_is_checked_without_the_machine() -> None:
+    """As `python -m launch` does where the job will not run."""
+    for precision in ("fp8_triton", "fp8_te"):
+        assert problems(compose_run("recipe=deepseek_v3", f"precision={precision}"), world_size=2048) == []
+
+
+def test_transformer_engine_and_deepspeed() -> None:
+    layout = ParallelConfig(engine=Engine.deepspeed)
+    (line,) = backend_problems(TE, layout, ModelConfig(), path="parallel")
+    assert line.startswith("parallel.engine=deepspeed cannot be had with precision.gemm=fp8_te")
+    assert "use engine=zero1" in line
+    assert backend_problems(TRITON, layout, ModelConfig(), path="parallel") == []
+
+
+def test_widths_that_transformer_engine_does_not_take() -> None:
+    model = ModelConfig(
+        moe=MoEConfig(intermediate_size=24), attention=AttentionConfig(q_lora_rank=8, kv_lora_rank=16)
+    )
+    found = backend_problems(TE, ParallelConfig(), model, path="parallel")
+    assert {line.split("=")[0] for line in found} == {
+        "model.moe.intermediate_size",
+        "model.moe.num_shared_experts × intermediate_size",
+        "model.attention.q_lora_rank",
+    }
+    assert "model.attention.q_lora_rank=8 over parallel.tp=1 leaves 8 columns" in found[0]
+    (line,) = backend_problems(TE, ParallelConfig(tp=256), ModelConfig(), path="parallel")[-1:]
+    assert "over parallel.tp=256 leaves 8 columns" in line
+    assert backend_problems(TE, ParallelConfig(tp=8), ModelConfig(), path="parallel") == []
+
+
+def test_a_machine_is_looked_at_for_the_backend_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_machine(Gemm.compute, device="auto") == NOTHING
+    assert find_machine(Gemm.fp8_triton, device="cpu").capability is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert find_machine(Gemm.fp8_triton, device="cpu").interprets
+
+
+@pytest.mark.parametrize("precision", ["fp8_triton", "fp8_te"])
+def test_a_run_is_refused(precision: str, tmp_path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "train",
+        "recipe=smoke",
+        f"precision={precision}",
+        "device=cpu",
+        f"root={tmp_path}",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert f"precision.gemm={precision} needs a CUDA GPU" in result.stderr
+    assert "use precision=fp8_reference (emulated: slow) or precision=bf16" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
