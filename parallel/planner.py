@@ -11,7 +11,7 @@ from parallel.checks import layout_of
 from parallel.cluster import ClusterConfig
 from parallel.config import ParallelConfig
 from parallel.cost import RankMemory, rank_memory
-from parallel.kept import rank_activations, working_bytes
+from parallel.kept import Kept, rank_activations, rank_recomputed
 from parallel.layout import Layout
 from parallel.placement import assign_layers, count_stages
 from parallel.rates import GIGA, TERA, rates_of
@@ -69,13 +69,13 @@ class RankUse:
     state: RankMemory
     activations: float
     """Of all microbatches that are held at once."""
-    working: float
+    recomputed: float
     """What recomputing one block brings back."""
 
     @property
     def total(self) -> float:
         """Return the bytes on the device."""
-        return self.state.total + self.activations + self.working
+        return self.state.total + self.activations + self.recomputed
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,15 @@ class Plan:
             rates=rates_of(task.cluster, task.precision),
             imbalance=task.imbalance,
         )
-        p = self.parallel
-        alike = (p.tp, p.cp, p.ep, p.dispatcher, p.context, p.recompute, p.microbatch_size)
-        blocks = task.once(("blocks", *alike), lambda: Blocks.of(setting, task.cluster))
+        blocks = task.once(("blocks", *self._alike), lambda: Blocks.of(setting, task.cluster))
         return Stages(setting, task.cluster, self.layout, blocks=blocks, layers=self.layers)
+
+    @property
+    def _alike(self) -> tuple[object, ...]:
+        """Return what decides the costs of a layer: layouts that agree in it share them."""
+        p = self.parallel
+        hops = (p.dispatcher, p.node_size)
+        return p.tp, p.cp, p.ep, *hops, p.context, p.recompute, p.microbatch_size
 
     @cached_property
     def layers(self) -> list[range]:
@@ -118,14 +123,18 @@ class Plan:
     @cached_property
     def memory(self) -> list[RankUse]:
         """Return what each pipeline rank's devices hold at the most."""
-        setting = self.stages.setting
-        kept = rank_activations(
-            setting, self.layers, num_microbatches=self.num_microbatches(max(self.task.batch_sizes))
+        stages = self.stages
+        kept = self.task.once(("kept", *self._alike), lambda: Kept.of(stages.setting))
+        count = self.num_microbatches(max(self.task.batch_sizes))
+        each = zip(
+            self.state,
+            rank_activations(stages, kept, num_microbatches=count),
+            rank_recomputed(stages, kept),
+            strict=True,
         )
-        working = [working_bytes(setting, self.stages.layers_of(rank)) for rank in range(self.layout.pp)]
         return [
-            RankUse(state=held, activations=activations, working=most)
-            for held, activations, most in zip(self.state, kept, working, strict=True)
+            RankUse(state=state, activations=activations, recomputed=recomputed)
+            for state, activations, recomputed in each
         ]
 
     @cached_property

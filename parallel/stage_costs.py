@@ -114,10 +114,16 @@ class Stages:
             total += mtp_parameters(model).routed_experts
         return total // self.layout.ep
 
+    def layer_counts(self, stage: int) -> tuple[int, int]:
+        """Return the dense layers of a stage, and those with experts, without MTP modules."""
+        layers = self.layers[stage]
+        dense = max(0, min(layers.stop, self.setting.model.num_dense_layers) - layers.start)
+        return dense, len(layers) - dense
+
     def _counts(self, stage: int) -> tuple[int, int, int, int]:
         """Return the dense layers, layers with experts, MTP modules and uses of the head of a stage."""
-        model, layers = self.setting.model, self.layers[stage]
-        dense = max(0, min(layers.stop, model.num_dense_layers) - layers.start)
+        dense, moe = self.layer_counts(stage)
+        model = self.setting.model
         mtp = model.num_mtp_layers if stage == len(self.layers) - 1 else 0
         heads = 1 + mtp if stage == len(self.layers) - 1 else 0
-        return dense, len(layers) - dense, mtp, heads
+        return dense, moe, mtp, heads

@@ -1,0 +1,120 @@
+"""`python -m launch plan recipe=… cluster=… [key=value …]`: the best layouts of a run, before it is paid for.
+
+For every stage, all legal layouts of the cluster are enumerated, those that do not fit its devices are
+dropped, and the rest is ranked by predicted time. The layout that the recipe has is always among them, marked
+with *.
+Keys of the layout that are given on the command line (parallel.pp=8) are held; all others are searched.
+docs/plan.md says what is counted, where every assumption comes from, and how far it was off.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.plan.answer import StageAnswer, answer, differences
+from launch.plan.as_json import answer_json, comparisons_json
+from launch.plan.measured import measured_json, measured_table, read_measured
+from launch.plan.published import POINTS, compare
+from launch.plan.question import questions
+from launch.plan.sensitivity import sensitivity
+from launch.plan.tables import (
+    comparisons,
+    console,
+    costs,
+    effects,
+    is_published,
+    memory,
+    published_costs,
+    ranking,
+)
+from train.config_store import compose_run
+
+
+def main(argv: list[str]) -> None:
+    """Answer one command line. RunError where the request is illegal, or nothing fits."""
+    options = _parser().parse_intermixed_args(argv)
+    out = console()
+    if options.published:
+        _published(out, as_json=options.json)
+    elif options.metrics is not None:
+        found = read_measured(options.metrics, world_size=options.world_size)
+        _show(out, measured_json(found)) if options.json else out.print(measured_table(found))
+    else:
+        _plan(out, options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m train")
+    parser.add_argument("--layouts", type=int, default=10, metavar="N", help="layouts to show (default 10)")
+    parser.add_argument("--world-size", type=int, metavar="N", help="devices; default: cluster.num_devices")
+    parser.add_argument(
+        "--imbalance", type=float, default=1.0, help="rows of the busiest device over the mean (default 1)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the whole answer as JSON")
+    parser.add_argument("--metrics", type=Path, metavar="RUN_DIR", help="compare a run with its plan instead")
+    parser.add_argument(
+        "--published", action="store_true", help="compare published speeds with predictions instead"
+    )
+    return parser
+
+
+def _plan(out: Console, options: argparse.Namespace) -> None:
+    asked = questions(
+        compose_run(options.overrides),
+        overrides=options.overrides,
+        world_size=options.world_size,
+        imbalance=options.imbalance,
+    )
+    longest = max(asked, key=lambda question: question.num_tokens)
+    answers = [
+        answer(question, count=max(1, options.layouts if question is longest else 1)) for question in asked
+    ]
+    main_answer = next(each for each in answers if each.question is longest)
+    found = sensitivity(main_answer.best)
+    if options.json:
+        _show(out, answer_json(answers, main_answer, found))
+        return
+    _explain(out, main_answer)
+    out.print(costs(answers))
+    if is_published(main_answer):
+        out.print(published_costs(answers))
+    for each in answers:
+        for problem in each.own_problems:
+            out.print(f"not as configured: {problem}", style="red")
+    out.print(effects(found))
+
+
+def _explain(out: Console, found: StageAnswer) -> None:
+    """Print the ranking of a stage, and the memory of its best layout and of its own."""
+    out.print(ranking(found))
+    own = "" if found.own is None else "  * the recipe's own layout"
+    out.print(
+        f"of {found.found.num_legal:,} legal layouts{own}\n"
+        "GB: of the fullest device; out, in: GB that a device sends between nodes, inside one, in a step;\n"
+        "h/T: GPU hours per trillion tokens; MFU: of the BF16 peak\n"
+        f"best: {' '.join(differences(found.best, found.own)) or 'the recipe as it is'}"
+    )
+    out.print(memory(found.best, "the best layout"))
+    if found.own is not None and not found.is_own(found.best):
+        out.print(memory(found.own, "the recipe's own layout"))
+
+
+def _published(out: Console, *, as_json: bool) -> None:
+    found = [compare(point) for point in POINTS]
+    if as_json:
+        _show(out, comparisons_json(found))
+        return
+    out.print(comparisons(found))
+    for each in found:
+        out.print(f"{each.point.name}: {each.point.source}; {each.point.note}")
+
+
+def _show(out: Console, answer: object) -> None:
+    print(json.dumps(answer, indent=2), file=out.file)
