@@ -6,6 +6,7 @@ an efficiency the median over the best, so that peak times efficiency is what wa
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from launch.calibrate.rate import Rate
@@ -53,6 +54,7 @@ def beyond_peak(shares: Mapping[str, float], cluster: ClusterConfig) -> list[str
 def measured_card(rates: Mapping[str, Rate], *, name: str, memory_gb: float) -> Card:
     """Return a card made of measurements alone. memory_gb: of one device, in 10^9 bytes."""
     peaks: dict[str, Any] = {}
+    unknown = {peak: None for peak, _ in PEAKS.values()}
     for rate_name, (peak, unit) in PEAKS.items():
         if rate_name in rates:
             peaks[peak] = max(peaks.get(peak, 0.0), rates[rate_name].best / unit)
@@ -68,7 +70,10 @@ def measured_card(rates: Mapping[str, Rate], *, name: str, memory_gb: float) -> 
         each: min(1.0, share)
         for each, share in efficiencies(rates, ClusterConfig(name=name, **memory, **peaks)).items()
     }
-    return {"name": name, **memory, **peaks, "efficiency": shares}
+    # what was not measured is said as well: overrides start from a card that may know it
+    assumed = ClusterConfig().efficiency
+    others = {each.name: getattr(assumed, each.name) for each in fields(assumed) if each.name not in shares}
+    return {"name": name, **memory, **unknown, **peaks, "efficiency": shares | others}
 
 
 def as_yaml(card: Card, *, comment: str, inherits: str | None = None) -> str:
@@ -80,7 +85,7 @@ def as_yaml(card: Card, *, comment: str, inherits: str | None = None) -> str:
         if isinstance(value, dict):
             lines += [f"{key}:", *(f"  {name}: {each}" for name, each in value.items())]
         else:
-            lines.append(f"{key}: {value}")
+            lines.append(f"{key}: {_text(value)}")
     return "\n".join(lines)
 
 
@@ -90,7 +95,11 @@ def as_overrides(card: Card) -> list[str]:
     for key, value in card.items():
         if isinstance(value, dict):
             flat |= {f"{key}.{name}": each for name, each in value.items()}
-    return [f"cluster.{key}={value}" for key, value in flat.items()]
+    return [f"cluster.{key}={_text(value)}" for key, value in flat.items()]
+
+
+def _text(value: object) -> str:
+    return "null" if value is None else str(value)
 
 
 def _rounded(value: float) -> float:

@@ -139,4 +139,4 @@ def test_layouts_rank_by_memory_as_they_do_when_run():
     assert wrong == []
     # what is left out are temporary tensors: of one operation, or of a weight gradient that is put off
     ratios = [plan / run for plan, run in zip(planned, measured, strict=True)]
-    assert all(0.85 < ratio < 1.05 for ratio in ratios), ratios
+    assert all(0.8 < ratio < 1.05 for ratio in ratios), ratios

@@ -63,7 +63,7 @@ def test_joined_passes_hide_their_exchange():
     times = Plan(task(), ParallelConfig(schedule=Schedule.zbv, **layout)).stages.times[1]
     computed = times.forward + times.backward_input + times.backward_weight
     ratio = (times.exchange_forward + times.exchange_backward) / computed
-    slow = task(cluster=replace(CARD, intra_node_gb_s=CARD.intra_node_gb_s * ratio), batch_sizes=(128,))
+    slow = task(cluster=replace(CARD, intra_node_gb_s=10.0 * ratio), batch_sizes=(128,))
     joined, apart = (
         Plan(slow, ParallelConfig(schedule=Schedule(name), **layout)) for name in ("dualpipev", "zbv")
     )
