@@ -94,7 +94,7 @@ def costs(answers: Iterable[StageAnswer]) -> Table:
 def published_costs(answers: Iterable[StageAnswer]) -> Table:
     """Return a row for each published cost of a stage, or of several, beside the prediction."""
     table = _table(
-        f"published ({REPORT}) and predicted",
+        f"published ({REPORT}; 2,048 devices, FP8) and predicted",
         left=("stages",),
         right=("GPU hours", "dollars", "predicted hours", "dollars", "difference"),
     )
