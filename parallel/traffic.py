@@ -12,14 +12,15 @@ R rows a process, D hidden, A experts a token, E experts:
 `alltoall` sends a row, with one weight, for each of a token's A choices. `two_hop` sends a row, with all A
 weights, for each distinct node and then for each distinct process that holds any of them; parallel/travel.py
 says how many these are. Under FP8 dispatch the rows of dispatch, and the gradients of combine, are codes.
-Where blocks are recomputed whole, the forward exchanges are repeated.
+Where blocks are recomputed whole, dispatch is repeated in the backward pass. Combine is not, since all that
+its gradient needs is known by then; but where DualPipeV replays a block phase by phase, it is as well.
 """
 
 from dataclasses import dataclass
 
 from model.config import Compute, ModelConfig, PrecisionConfig, Recompute
 from model.cost import FP32_BYTES, element_bytes
-from parallel.config import Dispatcher, ParallelConfig
+from parallel.config import Dispatcher, ParallelConfig, Schedule
 from parallel.travel import blocks_reached
 
 INT32_BYTES, INT64_BYTES = 4, 8
@@ -104,14 +105,16 @@ def exchanged_bytes(
         tokens: of the microbatch, on one process.
         row: bytes of a row on its trips (`row_bytes`).
     """
-    forwards = 2 if parallel.recompute is Recompute.full else 1
+    again = parallel.recompute is Recompute.full
+    replayed = again and parallel.pp > 1 and parallel.schedule == Schedule.dualpipev
     found: dict[str, float] = {}
     for hop in hops(model, parallel, tokens=tokens):
         named = INT32_BYTES if num_nodes(parallel) > 1 else 0
         there = row.dispatch + hop.choices * (FP32_BYTES + named)
         back = row.dispatch_gradient + hop.choices * FP32_BYTES
-        rows = forwards * (there + row.combine) + back + row.combine_gradient
-        found[hop.group] = hop.rows * rows + forwards * _count_bytes(model, parallel, hop)
+        forward = (1 + again) * there + (1 + replayed) * row.combine
+        counts = (1 + again) * _count_bytes(model, parallel, hop)
+        found[hop.group] = hop.rows * (forward + back + row.combine_gradient) + counts
     return found
 
 

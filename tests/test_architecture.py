@@ -30,6 +30,7 @@ TORCH_FREE = (
     "parallel.placement",
     "parallel.checks",
     "parallel.cost",
+    "parallel.traffic",
     "parallel.search",
     "train.config",
     "train.schedule",

@@ -112,10 +112,10 @@ def _problems(config: RunConfig, stage: str) -> Iterator[str]:
             "collectives that DeepSpeed makes itself, so gradients and optimizer state would be missing; use "
             "engine=zero1, or python -m launch plan"
         )
-    if config.precision.gemm not in (Gemm.compute, Gemm.fp8_reference):
+    if config.precision.gemm is Gemm.fp8_te:
         yield (
-            f"precision.gemm={config.precision.gemm} needs an accelerator; use precision=fp8_reference, "
-            "which keeps the same codes"
+            "precision.gemm=fp8_te: Transformer Engine needs an accelerator even to be imported; use "
+            "precision=fp8_triton, which keeps the same tensors in FP8"
         )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from model.kernels import blocks, cross_entropy
+from model.kernels import blocks, cross_entropy, fp8
 from train import optimizer
 
 Observer = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
@@ -28,6 +28,7 @@ Observer = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
 
 TILES: tuple[tuple[ModuleType, str, int], ...] = (
     (blocks, "BLOCK_ELEMENTS", 1 << 24),
+    (fp8, "CHUNK_ELEMENTS", 1 << 24),
     (cross_entropy, "SOFTMAX_ELEMENTS", 1 << 26),
     (cross_entropy, "ACCUMULATE_ROWS", 1 << 15),
     (optimizer, "CPU_CHUNK", 1 << 24),

@@ -17,6 +17,10 @@ class FlopCount:
     def __init__(self) -> None:
         self.total = 0
 
+    def add(self, flops: int) -> None:
+        """Add FLOPs of something that is no operation of torch's."""
+        self.total += flops
+
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Add those of one operation."""
         formula = flop_registry.get(func._overloadpacket)

@@ -16,9 +16,11 @@ import torch
 from launch.dryrun.fake import DryMode, wide_tiles
 from launch.dryrun.flops import FlopCount
 from launch.dryrun.job import Collectives, RankReport, Request, pipeline_of
+from launch.dryrun.launches import counted_launches
 from launch.dryrun.memory import Kind, Memory, Moment
 from launch.dryrun.modules import WorkingModule
 from launch.dryrun.routing import EvenRouting
+from model.config import Gemm
 from model.dispatch import CountReader, counts_from
 from parallel.groups import CollectiveCall, Trace
 from parallel.mesh import Mesh, build_mesh
@@ -85,6 +87,8 @@ class _Run:
             stack.enter_context(DryMode([turns, self.memory, self.flops]))
             stack.enter_context(self.working.watching())
             stack.enter_context(counts_from(answers))
+            if self.request.config.precision.gemm is Gemm.fp8_triton:
+                stack.enter_context(counted_launches(self.flops.add))
             parts = self._build()
             batch = self._batch()
             self._passes(parts, batch, turns)

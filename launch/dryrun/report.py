@@ -12,6 +12,7 @@ from rich.table import Table
 from launch.dryrun.advice import Advice
 from launch.dryrun.job import Collectives, RankReport, Request
 from launch.dryrun.memory import Kind
+from launch.dryrun.shortened import enough_microbatches
 
 GB, TERA = 1e9, 1e12
 WIDTH = 120
@@ -165,12 +166,14 @@ def _sentences(findings: Findings) -> Iterator[str]:
     """Yield what the tables mean."""
     request, fullest = findings.request, findings.fullest
     if request.num_microbatches < request.microbatches_of_step:
+        enough = enough_microbatches(request.parallel, request.microbatches_of_step)
+        shows = "as much memory at once" if request.num_microbatches >= enough else "less memory at once"
         yield (
             f"{request.num_microbatches} of {request.microbatches_of_step} microbatches were run, which hold "
-            "as much memory at once; FLOPs and bytes of the step are scaled up."
+            f"{shows}; FLOPs and bytes of the step are scaled up."
         )
     if findings.total_parameters is not None:
-        yield f"All ranks together hold {findings.total_parameters / GB:,.2f} B distinct parameters."
+        yield f"All ranks together hold {findings.total_parameters:,} distinct parameters."
     if findings.limit is None:
         yield "Whether that fits is not known: choose a device with cluster=, such as cluster=h800."
         return
@@ -181,9 +184,9 @@ def _sentences(findings: Findings) -> Iterator[str]:
     if findings.fits:
         return
     if not findings.advice:
-        yield "No single change of layout or precision was found that would make it fit."
+        yield "No change of one or two keys was found that would fit; python -m launch plan tries more."
         return
-    yield "It would fit, by closed-form estimates, with"
+    yield "As dry runs of the fullest rank say, it would fit with"
     for each in findings.advice:
-        time = f"{each.slowdown - 1:+.0%} of the step's time"
+        time = f"{each.slowdown - 1:+.0%} of the step's time, estimated"
         yield f"  {' '.join(each.overrides)}   ({each.num_bytes / GB:.1f} GB, {time})"

@@ -14,16 +14,19 @@ BLOCK_ELEMENTS = 1 << 16
 """Elements of one block: 256 KiB per FP32 scratch tensor."""
 
 
-def row_blocks(num_rows: int, width: int, *, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Yield slices that cover `num_rows` rows of `width` elements, each about `elements` elements."""
-    step = max(1, elements // max(1, width))
+def row_blocks(num_rows: int, width: int, *, elements: int | None = None) -> Iterator[slice]:
+    """Yield slices that cover `num_rows` rows of `width` elements, each about `elements` elements.
+
+    elements: BLOCK_ELEMENTS if None.
+    """
+    step = max(1, (elements or BLOCK_ELEMENTS) // max(1, width))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 
 
-def scratch_rows(num_rows: int, width: int, *, elements: int = BLOCK_ELEMENTS) -> int:
+def scratch_rows(num_rows: int, width: int, *, elements: int | None = None) -> int:
     """Return the number of rows of the largest block that `row_blocks` yields."""
-    return min(num_rows, max(1, elements // max(1, width)))
+    return min(num_rows, max(1, (elements or BLOCK_ELEMENTS) // max(1, width)))
 
 
 def wide_type(x: Tensor) -> torch.dtype:

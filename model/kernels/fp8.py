@@ -46,7 +46,7 @@ COLUMN_TILE: BlockShape = (BLOCK, 1)
 SQUARE: BlockShape = (BLOCK, BLOCK)
 """For weights, whose products sum over columns forward and over rows backward."""
 
-_CHUNK = 1 << 18
+CHUNK_ELEMENTS = 1 << 18
 """Elements that are coded or decoded at a time. Most of these passes are over one or two bytes an element:
 with fewer at a time, calling them would cost as much as they do."""
 _HALF_MANTISSA_SHIFT = 7
@@ -92,9 +92,9 @@ def quantize(x: Tensor, block: BlockShape, *, power_of_two: bool) -> Quantized:
     codes_NHcW = torch.empty(x_NHcW.shape, dtype=torch.float8_e4m3fn, device=x.device)
     num_blocks, width = len(x_NHcW), prod(x_NHcW.shape[1:])
     scratch = x.new_empty(
-        scratch_rows(num_blocks, width, elements=_CHUNK), *x_NHcW.shape[1:], dtype=torch.float32
+        scratch_rows(num_blocks, width, elements=CHUNK_ELEMENTS), *x_NHcW.shape[1:], dtype=torch.float32
     )
-    for part in row_blocks(num_blocks, width, elements=_CHUNK):
+    for part in row_blocks(num_blocks, width, elements=CHUNK_ELEMENTS):
         x_nHcW = x_NHcW[part]
         codes_NHcW[part] = scale(scratch[: len(x_nHcW)].copy_(x_nHcW), factors_NIcI[part])
     codes = _join(codes_NHcW, x.shape)
@@ -166,12 +166,12 @@ def _decode(x: Quantized, dtype: torch.dtype) -> Tensor:
     num_blocks, width = len(codes_NHcW), prod(codes_NHcW.shape[1:])
     scales_NIcI = x.scales.reshape(num_blocks, 1, codes_NHcW.shape[2], 1)
     out_NHcW = codes_NHcW.new_empty(codes_NHcW.shape, dtype=dtype)
-    size = (scratch_rows(num_blocks, width, elements=_CHUNK), *codes_NHcW.shape[1:])
+    size = (scratch_rows(num_blocks, width, elements=CHUNK_ELEMENTS), *codes_NHcW.shape[1:])
     bits, values = (
         codes_NHcW.new_empty(size, dtype=torch.int16),
         codes_NHcW.new_empty(size, dtype=torch.float32),
     )
-    for part in row_blocks(num_blocks, width, elements=_CHUNK):
+    for part in row_blocks(num_blocks, width, elements=CHUNK_ELEMENTS):
         codes_nHcW = codes_NHcW[part]
         bits_nHcW = bits[: len(codes_nHcW)].copy_(codes_nHcW)  # the sign is extended to the left
         bits_nHcW.bitwise_left_shift_(_HALF_MANTISSA_SHIFT).bitwise_and_(~0x4000)

@@ -116,7 +116,7 @@ def collected(report: RankReport, *groups: str) -> float:
     return sum(each.num_bytes for each in found) / report.microbatches_of_step
 
 
-@pytest.mark.parametrize("changes", [(), ("parallel.dispatcher=alltoall", "precision=fp8_reference")])
+@pytest.mark.parametrize("changes", [(), ("parallel.dispatcher=alltoall", "precision=fp8_triton")])
 def test_a_rank_of_deepseek_v3_computes_and_sends_what_closed_forms_say(changes: tuple[str, ...]) -> None:
     request = asked(*V3, "parallel.recompute=none", *changes)
     report = run_rank(request, 1024)
@@ -131,17 +131,18 @@ def test_a_rank_of_deepseek_v3_computes_and_sends_what_closed_forms_say(changes:
     assert expected.keys() == ({"ep"} if changes else {"ep_inter", "ep_intra"})
 
 
-def test_full_recomputation_runs_and_exchanges_twice() -> None:
-    layout = ("parallel.ep=2", "parallel.microbatch_size=1", "parallel.recompute=full")
-    request = asked("recipe=smoke", "--world-size", "2", "--rank", "0", *layout)
-    report = run_rank(request, 0)
+@pytest.mark.parametrize("pipeline", [(), ("parallel.pp=2", "parallel.schedule=dualpipev")])
+def test_full_recomputation_runs_and_dispatches_twice(pipeline: tuple[str, ...]) -> None:
+    layout = ("parallel.ep=2", "parallel.microbatch_size=1", "parallel.recompute=full", *pipeline)
+    request = asked("recipe=smoke", "--world-size", "4" if pipeline else "2", "--rank", "0", *layout)
+    reports = [run_rank(request, rank) for rank in ((0, 2) if pipeline else (0,))]
     model = request.config.model
-    expected = exchanged_bytes(
-        model, request.parallel, tokens=128, row=row_bytes_of(model, request.config.precision)
-    )
-    assert collected(report, "ep") == pytest.approx(4 * expected["ep"], rel=1e-9)  # three layers and MTP
+    row = row_bytes_of(model, request.config.precision)
+    expected = exchanged_bytes(model, request.parallel, tokens=128, row=row)
+    collected_by_all = sum(collected(report, "ep") for report in reports)
+    assert collected_by_all == pytest.approx(4 * expected["ep"], rel=1e-9)  # three layers and MTP
     once = 128 * flops_per_token(model, 128)
-    assert 1.15 * once < report.flops_per_microbatch < 1.4 * once
+    assert 1.15 * once < sum(report.flops_per_microbatch for report in reports) < 1.4 * once
 
 
 def test_one_rank_of_each_kind_holds_the_whole_model() -> None:
@@ -161,16 +162,15 @@ def test_pipeline_ranks_that_are_alike_are_run_once() -> None:
 
 
 def test_advice_is_legal_and_would_help() -> None:
-    job = ("recipe=smoke", "cluster=h100", "cluster.memory_reserve_gb=0", "cluster.memory_gb=0.07")
+    job = ("recipe=smoke", "cluster=h100", "cluster.memory_reserve_gb=0", "cluster.memory_gb=0.095")
     request = asked(*job)
     report = run_rank(request, 0)
-    assert report.peak.total > 0.07e9
+    assert report.peak.total > 0.095e9
     advice = advise(request, [report])
     assert 1 <= len(advice) <= 3
     assert [each.slowdown for each in advice] == sorted(each.slowdown for each in advice)
     helped = run_rank(asked(*job, *advice[0].overrides), 0)
-    assert helped.peak.total == pytest.approx(advice[0].num_bytes, rel=0.1)
-    assert helped.peak.total < report.peak.total
+    assert helped.peak.total == advice[0].num_bytes <= 0.095e9
 
 
 def test_the_command_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +198,7 @@ def test_the_command_prints_tables_that_fit_a_page(capsys: pytest.CaptureFixture
     [
         (["--stage", "nowhere"], "--stage=nowhere is no stage of recipe=smoke; use pretrain_4k"),
         (["parallel.engine=deepspeed"], "use engine=zero1, or python -m launch plan"),
-        (["precision=fp8_triton"], "needs an accelerator; use precision=fp8_reference"),
+        (["precision=fp8_te"], "precision.gemm=fp8_te: Transformer Engine needs an accelerator"),
         (["--rank", "1"], "--rank=1 must lie in [0, 1)"),
         (["--imbalance", "0.5"], "--imbalance=0.5 must be at least 1"),
         (["--world-size", "3", "parallel.pp=2"], "parallel.pp=2 needs a multiple of 2 processes"),
