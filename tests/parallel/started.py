@@ -1,5 +1,6 @@
 """Processes started as a launcher would, for tests that end them in every way."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.forked import uncollected
+
+STUCK_S = 25
 
 
 class Started:
@@ -122,6 +125,7 @@ def _run(output: Path, environment: dict[str, str], main: Callable[[], None]) ->
     os.dup2(file, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     os.environ |= environment
+    faulthandler.dump_traceback_later(STUCK_S, file=sys.stderr)  # into what `wait_for` shows when it gives up
     torch.set_num_threads(1)
     code: Any = 0
     try:
