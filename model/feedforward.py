@@ -3,6 +3,7 @@
 Legend: B sequences, S length, D hidden, I intermediate.
 """
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,9 +17,9 @@ from model.split import SequenceSplit, WholeSequences
 
 
 class GatedGemm(Protocol):
-    """What multiplies SwiGLU of gate and up [..., I] by the weight of the down projection, [D, I]."""
+    """What multiplies SwiGLU of up and gate [..., I] by the weight of the down projection, [D, I]."""
 
-    def __call__(self, gate: Tensor, up: Tensor, weight_DI: Tensor, /) -> Tensor:
+    def __call__(self, up: Tensor, gate: Tensor, weight_DI: Tensor, /) -> Tensor:
         """Return (silu(gate) * up) weight^T [..., D], differentiable in all three."""
         ...
 
@@ -46,7 +47,7 @@ class FeedForward(nn.Module):
         x_BSD = self.split.gather(x_BSD)
         gate_BSI, up_BSI = self.w1(x_BSD), self.w3(x_BSD)
         if self.gated_gemm is not None:
-            y_BSD = self.gated_gemm(gate_BSI, up_BSI, self.w2.weight)
+            y_BSD = self.w2(gate_BSI, gemm=partial(self.gated_gemm, up_BSI))
         else:
             y_BSD = self.w2(region(self.recompute, swiglu, gate_BSI, up_BSI))
         return self.split.scatter(y_BSD)

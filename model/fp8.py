@@ -137,9 +137,9 @@ class Fp8Policy:
         return out
 
     def gated_linear(
-        self, gate: Tensor, up: Tensor, weight: Tensor, /, *, scales: LinearScales, later: Later = now
+        self, up: Tensor, gate: Tensor, weight: Tensor, /, *, scales: LinearScales, later: Later = now
     ) -> Tensor:
-        """Return (silu(gate) * up) weight^T in the type of gate; gate and up [..., I], weight [D, I].
+        """Return (silu(gate) * up) weight^T in the type of gate; up and gate [..., I], weight [D, I].
 
         The product of SwiGLU goes from FP32 straight to codes, in the forward pass from gate and up as they
         are, for the weight gradient from their codes. scales.x: of gate and up as well.

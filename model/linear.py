@@ -26,6 +26,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
         self.gemm: Gemm = F.linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T for x [..., D], shape [..., O]."""
-        return self.gemm(x, self.weight)
+    def forward(self, x: Tensor, *, gemm: Gemm | None = None) -> Tensor:
+        """Return x W^T for x [..., D], shape [..., O]; by `gemm`, where that is given, this once.
+
+        Whoever multiplies by a weight comes through here: an engine that spreads weights over processes
+        gathers them when a module is called.
+        """
+        return (gemm or self.gemm)(x, self.weight)

@@ -94,7 +94,7 @@ def linear(kernels: Fp8Kernels, scales: Fp8Scales, dtype: torch.dtype) -> list[T
         weight.grad_dtype = torch.float32
     outputs = (
         fp8.linear(x, w, scales=fp8.linear_scales("attn.wo")),
-        fp8.gated_linear(gate, up, gated, scales=fp8.linear_scales("ffn.w2")),
+        fp8.gated_linear(up, gate, gated, scales=fp8.linear_scales("ffn.w2")),
     )
     for y in outputs:
         y.backward(normal(2, 140, 9, seed=2).to(dtype).mT)  # not contiguous

@@ -118,7 +118,7 @@ class PlainGated(torch.autograd.Function):
         return dgate, dup, fake(dy, COLUMN_TILE, power_of_two=others_two).T @ turned, None, None
 
 
-def plain_gated(gate: Tensor, up: Tensor, w: Tensor, /, *, x_two: bool, others_two: bool) -> Tensor:
+def plain_gated(up: Tensor, gate: Tensor, w: Tensor, /, *, x_two: bool, others_two: bool) -> Tensor:
     y: Any = PlainGated.apply(*(t.reshape(-1, t.shape[-1]) for t in (gate, up)), w, x_two, others_two)
     return y.view(*gate.shape[:-1], len(w))
 
@@ -206,7 +206,7 @@ def test_a_gated_map_keeps_codes_of_gate_and_up(scales: Fp8Scales, shape: tuple[
         gate, up, w = (
             normal(*s, seed=i).requires_grad_() for i, s in enumerate([shape, shape, (140, shape[-1])])
         )
-        y = function(gate, up, w)
+        y = function(up, gate, w)
         y.backward(normal(*y.shape, seed=3))
         results.append((y, gate.grad, up.grad, w.grad))
     for ours_, plain in zip(*results, strict=True):

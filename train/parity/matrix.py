@@ -17,7 +17,8 @@ QUANTISED_BEFORE_SUMMED = Tolerance(gradient=0.5, grad_norm=2e-2, parameter=3e-2
 its own queries' use of them. One process quantises the sum of these gradients, cp ranks each their own part,
 and a sum of rounded numbers is not the rounded sum: an element moves by up to 1/16 of a part, and what
 follows it in the backward pass with it. The forward pass is the same, so losses and loads are held like all
-others. Ulysses moves heads and not gradients of shared keys, and is as close as the rest."""
+others, and so is everything where `wkv_a` and `wkv_b` multiply in FP32, as a test does to show the cause.
+Ulysses moves heads and not gradients of shared keys, and is as close as the rest."""
 
 
 def run_matrix(layouts: Sequence[NamedLayout], task: Task = PLAIN) -> Iterator[Row]:
