@@ -42,7 +42,7 @@ class TensorClass(StrEnum):
     ACTIVATIONS = "activations"
     """Inputs of linear maps, and of the experts' down projections."""
     EXPERT_ROWS = "expert_rows"
-    """Rows that the routed experts are given, unless they arrive as codes."""
+    """Rows that the routed experts are given, whether they are quantised before they travel or behind."""
     GRADIENTS = "gradients"
     """Gradients of the outputs of linear maps and of the experts' three projections, in 1 x 128 tiles."""
 
@@ -72,7 +72,8 @@ class Fp8Watch:
 
     others_count: weights that are held here, but counted where another copy of them is.
     arrives_coded: whether rows, and gradients of the experts' output, were FP8 codes on their way here. What
-    is quantised here is then a decoded tensor, whose small elements are zero already: it is not counted.
+    is quantised here is then a decoded tensor, whose small elements are zero already: whoever coded it
+    counts it.
     """
 
     def __init__(self, others_count: Iterable[Tensor] = (), *, arrives_coded: bool = False) -> None:
@@ -92,16 +93,18 @@ class Fp8Watch:
         self._samples.clear()
         self._counted.clear()
 
-    def sample(self, kind: TensorClass, x: Tensor, codes: Quantized) -> Sample | None:
+    def sample(self, kind: TensorClass, x: Tensor, codes: Quantized, *, copies: int = 1) -> Sample | None:
         """Measure x, of the shape of its codes but for leading dimensions; None while not active.
 
-        The same codes have the same sample, however many products they go into.
+        The same codes have the same sample, however many products they go into. copies: the rows that each
+        row of x stands for, where it is quantised before it is copied.
         """
         if not self._active:
             return None
         found = self._samples.get(codes)
         if found is None:
-            found = self._samples[codes] = _measure(kind, x.detach().reshape(codes.codes.shape), codes)
+            found = _measure(kind, x.detach().reshape(codes.codes.shape), codes, copies=copies)
+            self._samples[codes] = found
         return found
 
     def sample_arrived(self, kind: TensorClass, x: Tensor, codes: Quantized) -> Sample | None:
@@ -126,9 +129,9 @@ class Fp8Watch:
                 sample.counted = True
                 self._counted.append(sample)
 
-    def see(self, kind: TensorClass, x: Tensor, codes: Quantized) -> None:
-        """Measure x and count it."""
-        self.count(self.sample(kind, x, codes))
+    def see(self, kind: TensorClass, x: Tensor, codes: Quantized, *, copies: int = 1) -> None:
+        """Measure x and count it; see `sample`."""
+        self.count(self.sample(kind, x, codes, copies=copies))
 
     def see_weight(self, weight: Tensor, codes: Quantized) -> None:
         """Measure a weight and count it, unless others do."""
@@ -147,10 +150,10 @@ class Fp8Watch:
         return Totals(counts=counts, amax=amax)
 
 
-def _measure(kind: TensorClass, x: Tensor, codes: Quantized) -> Sample:
+def _measure(kind: TensorClass, x: Tensor, codes: Quantized, *, copies: int) -> Sample:
     magnitudes = codes.codes.view(torch.uint8) & _MAGNITUDE
     present = x != 0
-    counts_3 = torch.stack(
+    counts_3 = copies * torch.stack(
         [present.sum(), (present & (magnitudes == 0)).sum(), (magnitudes == _LARGEST).sum()]
     )
     if not x.numel():

@@ -81,9 +81,10 @@ class AllToAllDispatcher:
         order = sort_by_expert(routing.indices_TA)
         from_NL = counts_under_way.wait()
         sent_N, received_N, counts_L = read_counts(to_NL.sum(1), from_NL.sum(1), from_NL.sum(0))
+        payload = self.wire.pack(x_TD, top_k=routing.weights_TA.shape[1])
         *arrived, arrived_weights_Q = yield Exchange(
             (
-                *self.wire.gather(self.wire.pack(x_TD), Gather(order.token_R, partial(combine, order=order))),
+                *self.wire.gather(payload, Gather(order.token_R, partial(combine, order=order))),
                 routing.weights_TA.flatten().gather(0, order.choice_R),
             ),
             received=received_N,
@@ -107,7 +108,7 @@ class AllToAllDispatcher:
             group=self.ep,
             trips=self.wire.combined,
         )
-        return combine(own_RD, state.order)
+        return self.wire.finish(combine(own_RD, state.order), top_k=state.order.row_TA.shape[1])
 
 
 def experts_per_process(num_experts: int, num_processes: int) -> int:

@@ -79,11 +79,12 @@ class _Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class _State:
-    """The three stages of the way there: between nodes, inside the node, at the experts."""
+    """The three stages of the way there: between nodes, inside the node, at the experts; top_k: A."""
 
     inter: _Stage
     intra: _Stage
     local: _Copies
+    top_k: int
 
 
 class TwoHopDispatcher:
@@ -126,12 +127,14 @@ class TwoHopDispatcher:
     def dispatch_steps(self, x_TD: Tensor, routing: Routing) -> Steps[Dispatched]:
         """`dispatch`, with one exchange over `inter` and one over `intra`."""
         inter, intra, counts_L = self._count(routing)
-        tokens = _Tokens(self.wire.pack(x_TD), routing.weights_TA, routing.indices_TA.int())
+        top_k = routing.weights_TA.shape[1]
+        payload = self.wire.pack(x_TD, top_k=top_k)
+        tokens = _Tokens(payload, routing.weights_TA, routing.indices_TA.int())
         per_node = self.intra.size * self.local_experts
         tokens, inter_copies = yield from self._hop(tokens, self.inter, inter, per_member=per_node)
         tokens, intra_copies = yield from self._hop(tokens, self.intra, intra, per_member=self.local_experts)
         local = _copy_to(tokens.experts_TA, sum(counts_L))
-        state = _State(_Stage(inter_copies, inter), _Stage(intra_copies, intra), local)
+        state = _State(_Stage(inter_copies, inter), _Stage(intra_copies, intra), local, top_k)
         row_weights_R = tokens.weights_TA.flatten().gather(0, local.place_R)
         rows_RD = self.wire.unpack(tokens.payload, _spread(local))
         return Dispatched(rows_RD, row_weights_R, counts_L, state)
@@ -149,7 +152,7 @@ class TwoHopDispatcher:
                 trips=self.wire.combined,
             )
             y_TD = _collect(rows_RD, copies)
-        return y_TD
+        return self.wire.finish(y_TD, top_k=state.top_k)
 
     def _count(self, routing: Routing) -> tuple[_Splits, _Splits, list[int]]:
         """Return the splits of both hops and the rows of each local expert, after two small exchanges.

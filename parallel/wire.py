@@ -27,7 +27,10 @@ but one number in memory. Gradients come back to the shell as if the rows had tr
 derivative of quantisation is taken as the identity. A token is quantised once, before it is copied for its
 experts, and stays in bytes until its rows lie as the experts want them.
 
-Legend: T tokens, R rows, D hidden, B bytes of a coded row.
+What the codes lose is counted here as well (model/fp8_watch.py): the experts see only what is left. A token,
+and the gradient of its output, count once for each of the rows that they become.
+
+Legend: T tokens, R rows, D hidden, A experts per token, B bytes of a coded row.
 """
 
 from collections.abc import Callable
@@ -40,6 +43,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.config import Recompute
+from model.fp8_watch import Fp8Watch, TensorClass
 from model.kernels.fp8 import BLOCK, ROW_TILE, Quantized, quantize
 from model.recompute import region
 
@@ -84,8 +88,8 @@ class Wire(Protocol):
     combined: tuple[Trip, ...]
     """Trips of the experts' output."""
 
-    def pack(self, x_TD: Tensor) -> Payload:
-        """Return tokens as they are copied and sent."""
+    def pack(self, x_TD: Tensor, *, top_k: int) -> Payload:
+        """Return tokens as they are copied and sent; top_k: A, the rows that each becomes."""
         ...
 
     def gather(self, payload: Payload, how: Gather) -> Payload:
@@ -94,6 +98,10 @@ class Wire(Protocol):
 
     def unpack(self, payload: Payload, how: Gather) -> Tensor:
         """Return rows taken from others, [R, D] in the compute type; recomputed where copies of rows are."""
+        ...
+
+    def finish(self, y_TD: Tensor, *, top_k: int) -> Tensor:
+        """Return the sums of the experts' outputs of each token, whose gradients set off from here."""
         ...
 
 
@@ -109,7 +117,7 @@ class NumberWire:
     def __init__(self, recompute: Recompute = Recompute.none) -> None:
         self.recompute = recompute
 
-    def pack(self, x_TD: Tensor) -> Payload:
+    def pack(self, x_TD: Tensor, *, top_k: int) -> Payload:
         """Return the tokens."""
         return (x_TD,)
 
@@ -122,22 +130,34 @@ class NumberWire:
         (x_TD,) = payload
         return region(self.recompute, partial(gather, how=how), x_TD)
 
+    def finish(self, y_TD: Tensor, *, top_k: int) -> Tensor:
+        """Return the sums."""
+        return y_TD
+
 
 class Fp8Wire:
     """Tokens travel as a shell and bytes [R, B], and so do the gradients of the experts' output.
 
-    recompute: where rows in the compute type are decoded again rather than kept.
+    recompute: where rows in the compute type are decoded again rather than kept. `watch`, which may be
+    replaced by one that is shared: counts what the codes lose, when they are differentiated.
     """
 
     dispatched: tuple[Trip, ...] = (Trip(there=Way.shape),)  # bytes are integers: sent as they are, one way
     combined: tuple[Trip, ...] = (Trip(back=Way.codes),)
 
     def __init__(self, recompute: Recompute = Recompute.none) -> None:
-        self.recompute = recompute
+        self.recompute, self.watch = recompute, Fp8Watch()
 
-    def pack(self, x_TD: Tensor) -> Payload:
+    def pack(self, x_TD: Tensor, *, top_k: int) -> Payload:
         """Return shell and bytes of the tokens, each quantised once."""
-        return _shell_of(x_TD, len(x_TD), lambda grad_TD: grad_TD), encode(x_TD.detach())
+        coded = quantize(x_TD.detach(), ROW_TILE, power_of_two=True)
+        sample = self.watch.sample(TensorClass.EXPERT_ROWS, x_TD, coded, copies=top_k)
+
+        def gradient(grad_TD: Tensor) -> Tensor:
+            self.watch.count(sample)
+            return grad_TD
+
+        return _shell_of(x_TD, len(x_TD), gradient), _bytes(coded)
 
     def gather(self, payload: Payload, how: Gather) -> Payload:
         """Return shell and bytes of rows taken from others."""
@@ -149,6 +169,17 @@ class Fp8Wire:
         """Return rows taken from others, decoded."""
         return region(self.recompute, partial(_decode_rows, how=how), *payload)
 
+    def finish(self, y_TD: Tensor, *, top_k: int) -> Tensor:
+        """Return the sums; an active watch sees their gradients, quantised once more for it."""
+
+        def see(grad_TD: Tensor) -> None:
+            coded = quantize(grad_TD, ROW_TILE, power_of_two=True)
+            self.watch.see(TensorClass.GRADIENTS, grad_TD, coded, copies=top_k)
+
+        if self.watch.active and y_TD.requires_grad:
+            y_TD.register_hook(see)
+        return y_TD
+
 
 def wire(recompute: Recompute, *, fp8: bool) -> Wire:
     """Return the wire of a dispatcher."""
@@ -157,10 +188,7 @@ def wire(recompute: Recompute, *, fp8: bool) -> Wire:
 
 def encode(x_RD: Tensor) -> Tensor:
     """Return rows, in BF16, FP16 or FP32, as bytes: uint8 [R, B], no gradient."""
-    coded = quantize(x_RD, ROW_TILE, power_of_two=True)
-    return torch.cat(
-        [coded.codes.view(torch.uint8), coded.scales.to(torch.float8_e8m0fnu).view(torch.uint8)], 1
-    )
+    return _bytes(quantize(x_RD, ROW_TILE, power_of_two=True))
 
 
 def decode(bytes_RB: Tensor, dtype: torch.dtype) -> Tensor:
@@ -210,6 +238,12 @@ def _decode_rows(shell_TD: Tensor, bytes_TB: Tensor, how: Gather) -> Tensor:
     """Return row index[r] of the bytes, decoded, as row r; the gradient is the shell's."""
     bytes_RB = bytes_TB.index_select(0, how.index_R)
     return through(shell_TD, lambda shell_TD: decode(bytes_RB, shell_TD.dtype), how.gradient)
+
+
+def _bytes(coded: Quantized) -> Tensor:
+    """Return codes and scales as lines of bytes."""
+    scales = coded.scales.to(torch.float8_e8m0fnu)
+    return torch.cat([coded.codes.view(torch.uint8), scales.view(torch.uint8)], 1)
 
 
 def _width(num_bytes: int) -> int:

@@ -90,7 +90,7 @@ def build_stage(config: RunConfig, stage: StageConfig, *, device: torch.device, 
         part.train()
     engine = build_engine(model, config.optimizer, layout)
     scaling = config.precision.loss_scale if config.precision.compute is Compute.fp16 else None
-    decay, watch = config.optimizer.ema_decay, watch_of(model, config.precision)
+    decay, watch = config.optimizer.ema_decay, watch_of(model)
     return StageParts(
         mesh=mesh,
         model=model,

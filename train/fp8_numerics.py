@@ -4,32 +4,44 @@ Counts are summed and magnitudes maximised over the world. A weight that several
 the first of them (parallel/sharding.py says who holds what), so pp, dp and ep give the counts of one process.
 
 What that does not cover. Activations and gradients that several tp ranks hold, and keys and values that cp
-ranks gather, are counted by each: tp and cp shift the mixture of tensors in a class. Where tokens travel to
-experts of other processes as FP8 codes, rows and the gradients of the experts' output are left out: they were
-quantised before anything here sees them. Transformer Engine quantises out of sight, and nothing is counted.
+ranks gather, are counted by each: tp and cp shift the mixture of tensors in a class. Transformer Engine
+quantises out of sight, and nothing is counted.
 """
 
 import torch
 from torch.distributed import ReduceOp
 
-from model.config import PrecisionConfig
 from model.fp8_watch import Fp8Watch, TensorClass
+from model.moe import MoE
+from parallel.expert import AllToAllDispatcher
 from parallel.groups import Group
 from parallel.model import ParallelModel
+from parallel.two_hop import TwoHopDispatcher
+from parallel.wire import Fp8Wire
 
 Fp8Numerics = dict[str, dict[str, float]]
 """By class of tensor (weights, activations, expert_rows, gradients): underflow, saturated, amax."""
 
 
-def watch_of(model: ParallelModel, precision: PrecisionConfig) -> Fp8Watch:
-    """Return a watch for this process's parts of a model."""
+def watch_of(model: ParallelModel) -> Fp8Watch:
+    """Return a watch for this process's parts of a model; it counts what travels as FP8 codes, too."""
     reductions = {name: model.sharding.reduction(name) for name in model.named_parameters()}
     elsewhere = [
         parameter
         for name, parameter in model.named_parameters().items()
         if reductions[name].shard.rank or reductions[name].replicate.rank
     ]
-    return Fp8Watch(elsewhere, arrives_coded=precision.exchanges_codes and model.mesh.ep.size > 1)
+    wires = [
+        module.dispatcher.wire
+        for part in model.parts.values()
+        for module in part.modules()
+        if isinstance(module, MoE) and isinstance(module.dispatcher, AllToAllDispatcher | TwoHopDispatcher)
+    ]
+    coded = [wire for wire in wires if isinstance(wire, Fp8Wire)]
+    watch = Fp8Watch(elsewhere, arrives_coded=bool(coded))
+    for wire in coded:
+        wire.watch = watch
+    return watch
 
 
 def measured(watch: Fp8Watch, world: Group, device: torch.device) -> Fp8Numerics | None:

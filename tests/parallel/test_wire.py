@@ -103,7 +103,7 @@ def test_gradients_pass_as_if_rows_were_numbers(dtype: torch.dtype, recompute: R
     for wire in (NumberWire(recompute), Fp8Wire(recompute)):
         x_TD = wide_range(3, 160, dtype, 2).requires_grad_()
         with saving(recompute):
-            rows_RD = wire.unpack(wire.gather(wire.pack(x_TD), copies()), copies())
+            rows_RD = wire.unpack(wire.gather(wire.pack(x_TD, top_k=3), copies()), copies())
             (rows_RD * torch.arange(1.0, 4.0)[:, None].to(dtype)).sum().backward()
         results.append((rows_RD.detach(), x_TD.grad))
     (numbers_RD, expected), (coded_RD, ours) = results
@@ -117,7 +117,7 @@ def test_shells_take_no_memory_and_bytes_no_gradient() -> None:
     assert shell(1000, like).shape == (1000, 160)
     assert shell(1000, like).untyped_storage().nbytes() == 2
     assert shell(0, like).shape == (0, 160)
-    shell_TD, bytes_TB = Fp8Wire().pack(like.requires_grad_())
+    shell_TD, bytes_TB = Fp8Wire().pack(like.requires_grad_(), top_k=1)
     assert shell_TD.requires_grad
     assert not bytes_TB.requires_grad
     assert shell_TD.untyped_storage().nbytes() == 2
@@ -156,7 +156,7 @@ def test_rows_without_tokens() -> None:
     wire, nothing = Fp8Wire(), torch.empty(0, dtype=torch.int64)
     how = Gather(nothing, lambda grad_RD: grad_RD)
     x_TD = torch.empty(0, 160, dtype=torch.bfloat16, requires_grad=True)
-    rows_RD = wire.unpack(wire.gather(wire.pack(x_TD), how), how)
+    rows_RD = wire.unpack(wire.gather(wire.pack(x_TD, top_k=1), how), how)
     assert rows_RD.shape == (0, 160)
     rows_RD.sum().backward()
     assert x_TD.grad is not None

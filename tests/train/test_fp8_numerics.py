@@ -71,16 +71,19 @@ def test_layouts_count_what_one_process_counts() -> None:
         assert all(found == expected for found in of_layout(name, recompute=recompute)), name
 
 
-def test_rows_that_travelled_as_codes_are_left_out() -> None:
-    """They would seem to lose nothing, having lost it before they travelled."""
+def test_what_travels_as_codes_counts_as_on_one_process() -> None:
+    """In one hop and in two, in a pipeline, and whatever is recomputed; experts see only decoded rows."""
     coded = replace(TASK, precision=replace(TASK.precision, fp8_dispatch=True))
-    (one,) = of_layout("dp1", coded)
-    first, second = of_layout("ep2", coded)
-    assert first == second
-    assert "expert_rows" in one
-    assert "expert_rows" not in first
-    assert first["activations"] == one["activations"]
-    assert first["weights"] == one["weights"]
+    (expected,) = of_layout("dp1", coded)
+    assert expected["expert_rows"]["saturated"] > 0
+    assert expected["gradients"]["underflow"] > 0
+    layouts = {
+        "ep2": Recompute.deepseek,
+        "ep4_twohop2": Recompute.none,
+        "pp2_dualpipev_ep2": Recompute.full,
+    }
+    for name, recompute in layouts.items():
+        assert all(found == expected for found in of_layout(name, coded, recompute=recompute)), name
 
 
 def test_a_watch_that_is_not_active_yields_nothing_and_costs_no_exchange() -> None:
