@@ -65,6 +65,11 @@ class ClusterConfig:
     )
     efficiency: Efficiencies = field(default_factory=Efficiencies)
 
+    @property
+    def usable_gb(self) -> float | None:
+        """Return what a job may use of a device's memory, in 10^9 bytes; None where that is not known."""
+        return None if self.memory_gb is None else self.memory_gb - self.memory_reserve_gb
+
     def problems(self) -> list[str]:
         """Return every broken rule."""
         found: list[str] = []

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from parallel.config import ParallelConfig, Schedule
-from parallel.planner import Plan, Task
+from parallel.planner import Plan, Task, once
 
 
 def floor_seconds(task: Task, parallel: ParallelConfig) -> float:
@@ -12,8 +12,8 @@ def floor_seconds(task: Task, parallel: ParallelConfig) -> float:
     It is the model's computation and what nothing hides, spread evenly over the pipeline, without any wait.
     """
     p = parallel
-    key = (p.tp, p.cp, p.ep, p.dispatcher, p.context, p.recompute, p.microbatch_size)
-    computed, waited, exchanged = task.once(("floor", *key), lambda: _one_microbatch(task, parallel))
+    known, alike = task.shared.one_microbatch, Plan(task, parallel).alike
+    computed, waited, exchanged = once(known, alike, lambda: _one_microbatch(task, parallel))
     hidden = p.pp > 1 and p.schedule == Schedule.dualpipev
     of_model = max(computed + waited, exchanged) if hidden else computed + waited + exchanged
     dp = task.world_size // (p.pp * p.tp * p.cp)

@@ -22,6 +22,26 @@ from parallel.work import Setting
 HOUR = 3600
 
 T = TypeVar("T")
+Key = tuple[object, ...]
+
+
+def once(known: dict[Key, T], key: Key, compute: Callable[[], T]) -> T:
+    """Return what is known under a key, computed at the first time."""
+    if key not in known:
+        known[key] = compute()
+    return known[key]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """What layouts of one task have in common, computed once: a search looks at thousands of them."""
+
+    blocks: dict[Key, Blocks] = field(default_factory=dict)
+    kept: dict[Key, Kept] = field(default_factory=dict)
+    layers: dict[Key, list[range]] = field(default_factory=dict)
+    state: dict[Key, list[RankMemory]] = field(default_factory=dict)
+    one_microbatch: dict[Key, tuple[float, float, float]] = field(default_factory=dict)
+    """See parallel/floors.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +60,21 @@ class Task:
     batch_sizes: tuple[int, ...]
     moment_bytes: int
     imbalance: float = 1.0
-    _known: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False, compare=False)
+    shared: Shared = field(default_factory=Shared, repr=False, compare=False)
 
     def with_batches(self, *sizes: int) -> "Task":
         """Return the same task with steps of these numbers of sequences."""
-        return replace(self, batch_sizes=sizes, _known={})
+        return replace(self, batch_sizes=sizes, shared=Shared())
 
     def on(self, cluster: ClusterConfig) -> "Task":
         """Return the same task on another cluster."""
-        return replace(self, cluster=cluster, _known={})
-
-    def once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
-        """Return what `compute` gives, computed once for each key: layouts of a search share most of it."""
-        if key not in self._known:
-            self._known[key] = compute()
-        return self._known[key]  # type: ignore[return-value]  # a key always names the same kind of value
+        return replace(self, cluster=cluster, shared=Shared())
 
     @property
     def memory_limit(self) -> float:
         """Return the bytes of a device that a plan may use."""
-        return GIGA * ((self.cluster.memory_gb or float("inf")) - self.cluster.memory_reserve_gb)
+        usable = self.cluster.usable_gb
+        return float("inf") if usable is None else GIGA * usable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,11 +117,11 @@ class Plan:
             rates=rates_of(task.cluster, task.precision),
             imbalance=task.imbalance,
         )
-        blocks = task.once(("blocks", *self._alike), lambda: Blocks.of(setting, task.cluster))
+        blocks = once(task.shared.blocks, self.alike, lambda: Blocks.of(setting, task.cluster))
         return Stages(setting, task.cluster, self.layout, blocks=blocks, layers=self.layers)
 
     @property
-    def _alike(self) -> tuple[object, ...]:
+    def alike(self) -> Key:
         """Return what decides the costs of a layer: layouts that agree in it share them."""
         p = self.parallel
         hops = (p.dispatcher, p.node_size)
@@ -118,13 +133,13 @@ class Plan:
         task, stages = self.task, count_stages(self.parallel)
         if by_hand := self.parallel.layers_per_stage:
             return assign_layers(task.model, task.seq_len, stages, layers_per_stage=by_hand)
-        return task.once(("layers", stages), lambda: assign_layers(task.model, task.seq_len, stages))
+        return once(task.shared.layers, (stages,), lambda: assign_layers(task.model, task.seq_len, stages))
 
     @cached_property
     def memory(self) -> list[RankUse]:
         """Return what each pipeline rank's devices hold at the most."""
         stages = self.stages
-        kept = self.task.once(("kept", *self._alike), lambda: Kept.of(stages.setting))
+        kept = once(self.task.shared.kept, self.alike, lambda: Kept.of(stages.setting))
         count = self.num_microbatches(max(self.task.batch_sizes))
         each = zip(
             self.state,
@@ -143,8 +158,9 @@ class Plan:
         p = self.parallel
         places = [self.stages.on_rank(rank) for rank in range(self.layout.pp)]
         alike = (p.tp, p.ep, p.dp_replicate, p.engine, p.zero_stage, p.offload)
-        key = ("state", *alike, tuple(map(tuple, places)), tuple(self.layers))
-        return self.task.once(key, self._state)
+        return once(
+            self.task.shared.state, (*alike, tuple(map(tuple, places)), tuple(self.layers)), self._state
+        )
 
     def _state(self) -> list[RankMemory]:
         task = self.task

@@ -13,6 +13,7 @@ Only DualPipeV joins passes. Nothing else is hidden: not the reduction of gradie
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from model.cost import FP32_BYTES
 from parallel.cost import RankMemory
 from parallel.links import Bytes, ring
 from parallel.pipeline.clock import Run, Slot, cached_program, run
@@ -21,8 +22,6 @@ from parallel.pipeline.table import ActionKind
 from parallel.placement import rank_of_stage
 from parallel.stage_costs import Stages
 from parallel.work import PassTimes
-
-FP32 = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +175,7 @@ def _tail(stages: Stages, pp_rank: int, memory: RankMemory, *, moment_bytes: int
     layout, cluster, setting = stages.layout, stages.cluster, stages.setting
     experts = stages.expert_elements(pp_rank)
     whole = setting.parallel.zero_stage == 1
-    held = memory.gradients / FP32 if whole else memory.parameters / setting.width
+    held = memory.gradients / FP32_BYTES if whole else memory.parameters / setting.width
     axes = layout.expert_axes
     groups = (
         (held - experts, layout.dp_shard * layout.cp, layout.tp),
@@ -186,10 +185,10 @@ def _tail(stages: Stages, pp_rank: int, memory: RankMemory, *, moment_bytes: int
     for elements, members, stride in groups:
         shard = elements / members
         owned += shard
-        reduced += ring(FP32 * shard, members=members, stride=stride, cluster=cluster)
+        reduced += ring(FP32_BYTES * shard, members=members, stride=stride, cluster=cluster)
         gathered += ring(setting.width * shard, members=members, stride=stride, cluster=cluster)
     # of every own weight: gradient read for the norm and the update, master and moments read and written
-    touched = owned * (2 * FP32 + 2 * FP32 + 4 * moment_bytes + setting.width) + FP32 * held  # and zeros
+    touched = owned * (4 * FP32_BYTES + 4 * moment_bytes + setting.width) + FP32_BYTES * held  # and zeros
     return _Tail(
         reduce=reduced.seconds(setting.rates),
         update=touched / setting.rates.memory,

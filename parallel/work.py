@@ -13,7 +13,8 @@ whole sequences, R rows of its routed experts.
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from model.config import Compute, Gemm, ModelConfig, PrecisionConfig, Recompute
+from model.config import Gemm, ModelConfig, PrecisionConfig, Recompute
+from model.cost import element_bytes
 from parallel.config import Context, ParallelConfig
 from parallel.rates import Rates
 
@@ -65,7 +66,7 @@ class Setting:
     @property
     def width(self) -> int:
         """Return the bytes of an element of the compute type."""
-        return 4 if self.precision.compute is Compute.fp32 else 2
+        return element_bytes(self.precision.compute)
 
 
 @dataclass(frozen=True, slots=True)

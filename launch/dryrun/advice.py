@@ -13,6 +13,7 @@ from typing import Any
 from launch.dryrun.job import RankReport, Request
 from launch.dryrun.rank import run_rank
 from launch.dryrun.shortened import enough_microbatches
+from launch.plan.question import task_of
 from model.config import Compute, Gemm, PrecisionConfig, Recompute
 from parallel.checks import layout_problems
 from parallel.config import ParallelConfig, Schedule
@@ -21,10 +22,9 @@ from parallel.pipeline.rules import INTERLEAVED
 from parallel.placement import count_stages
 from parallel.planner import Plan, Task
 from parallel.rates import missing
-from train.config import Moments, StageParallelConfig
+from train.config import StageParallelConfig
 
 SHOWN, TRIED = 3, 6
-MOMENT_BYTES = {Moments.bf16: 2, Moments.fp32: 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +161,11 @@ def _legal(request: Request, parallel: ParallelConfig) -> bool:
 
 
 def _task(request: Request, precision: PrecisionConfig) -> Task:
-    config, stage = request.config, request.stage_config
-    return Task(
-        model=config.model,
-        precision=precision,
-        cluster=config.cluster,
+    stage = request.stage_config
+    return task_of(
+        replace(request.config, precision=precision),
+        stage,
         world_size=request.world_size,
-        seq_len=stage.seq_len,
-        batch_sizes=(stage.batch.end,),
-        moment_bytes=MOMENT_BYTES[config.optimizer.moments],
+        batch_sizes=[stage.batch.end],
         imbalance=request.imbalance,
     )

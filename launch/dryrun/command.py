@@ -20,12 +20,14 @@ from rich.console import Console
 from launch.dryrun.advice import advise
 from launch.dryrun.everyone import Alike, kinds_of_ranks, run_everyone, total_parameters
 from launch.dryrun.job import RankReport, Request
-from launch.dryrun.report import GB, Findings, as_json, as_tables, console
+from launch.dryrun.report import Findings, as_json, as_tables
 from launch.dryrun.shortened import enough_microbatches
+from launch.tables import console
 from model.config import Gemm
 from parallel.config import Engine
 from parallel.layout import coordinates
 from parallel.pipeline.rules import schedule_problems
+from parallel.rates import GIGA
 from train.config import RunConfig
 from train.config_store import compose_run
 from train.errors import RunError
@@ -147,7 +149,7 @@ def _run(request: Request, kinds: list[Alike], *, workers: int) -> list[RankRepo
     progress = Console(stderr=True, highlight=False)
 
     def done(report: RankReport) -> None:
-        progress.print(f"rank {report.rank}: {report.peak.total / GB:.1f} GB")
+        progress.print(f"rank {report.rank}: {report.peak.total / GIGA:.1f} GB")
 
     try:
         return run_everyone(request, kinds, workers=workers, done=done)

@@ -3,7 +3,7 @@
 Ranks of one pipeline rank do the same on tensors of the same shapes, whatever their place in data, tensor,
 context and expert parallelism, because routing is balanced and causal work is spread in zigzag. So one of
 each pipeline rank is run; and where pipeline ranks hold the same kinds of layers, and as many microbatches at
-once, one of these.
+once, and put off as many weight gradients, one of these.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def kinds_of_ranks(request: Request) -> list[Alike]:
         model, request.stage_config.seq_len, num_stages, layers_per_stage=p.layers_per_stage
     )
     sizes = {"pp": p.pp, "chunks": p.chunks, "num_microbatches": request.num_microbatches}
-    held = held_at_once(p.schedule, **sizes) if p.pp > 1 else (((1,),),)
+    held = held_at_once(p.schedule, **sizes) if p.pp > 1 else ((((1, 0),),),)
     kinds: dict[object, list[int]] = {}
     for pp_rank in range(p.pp):
         stages = stages_on_rank(p.schedule, p.pp, p.chunks, pp_rank)

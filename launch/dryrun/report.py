@@ -5,17 +5,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from launch.dryrun.advice import Advice
 from launch.dryrun.job import Collectives, RankReport, Request
 from launch.dryrun.memory import Kind
 from launch.dryrun.shortened import enough_microbatches
-
-GB, TERA = 1e9, 1e12
-WIDTH = 120
+from launch.tables import new_table
+from parallel.rates import GIGA, TERA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +37,13 @@ class Findings:
     @property
     def limit(self) -> float | None:
         """Return the bytes that a step may take on the cluster's devices; None where that is not known."""
-        cluster = self.request.config.cluster
-        return None if cluster.memory_gb is None else (cluster.memory_gb - cluster.memory_reserve_gb) * GB
+        usable = self.request.config.cluster.usable_gb
+        return None if usable is None else usable * GIGA
 
     @property
     def fits(self) -> bool | None:
         """Return whether all ranks that were run fit; None where that is not known."""
         return None if self.limit is None else self.fullest.peak.total <= self.limit
-
-
-def console() -> Console:
-    """Return where tables are printed: at most 120 columns, and as many where output is no terminal."""
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal and plain.width <= WIDTH else Console(highlight=False, width=WIDTH)
 
 
 def as_tables(findings: Findings) -> RenderableType:
@@ -98,18 +90,9 @@ def _rank_values(report: RankReport) -> dict[str, Any]:
     return values | {"flops_per_step": report.flops_per_step}
 
 
-def _table(left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in left:
-        table.add_column(name, overflow="fold")
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def _memory_table(findings: Findings) -> Table:
     """Return a row for each rank: its memory by kind at the moment when it needs most."""
-    table = _table(
+    table = new_table(
         left=("rank", "pp", "layers"),
         right=("weights", "grads", "optim", "activ", "temp", "comm", "peak"),
     )
@@ -119,8 +102,8 @@ def _memory_table(findings: Findings) -> Table:
             str(report.rank),
             _span(pp_ranks),
             ", ".join(report.layers),
-            *(f"{report.peak.by_kind[kind] / GB:.2f}" for kind in Kind),
-            f"{report.peak.total / GB:.2f}",
+            *(f"{report.peak.by_kind[kind] / GIGA:.2f}" for kind in Kind),
+            f"{report.peak.total / GIGA:.2f}",
             style="red" if over else None,
         )
     return table
@@ -128,7 +111,7 @@ def _memory_table(findings: Findings) -> Table:
 
 def _work_table(findings: Findings) -> Table:
     """Return a row for each rank: when and where its peak is, and its FLOPs."""
-    table = _table(
+    table = new_table(
         left=("rank", "peak while", "in module"),
         right=("TFLOP/microbatch", "TFLOP/step"),
     )
@@ -144,13 +127,13 @@ def _work_table(findings: Findings) -> Table:
 
 
 def _collectives_table(report: RankReport) -> Table:
-    table = _table(
+    table = new_table(
         left=("group", "operation", "repeated"),
         right=("calls", "GB"),
     )
     for each in sorted(report.collectives, key=_by_bytes):
         often = "per microbatch" if each.per_microbatch else "once"
-        table.add_row(each.group, each.operation, often, f"{each.calls:,}", f"{each.num_bytes / GB:,.4g}")
+        table.add_row(each.group, each.operation, often, f"{each.calls:,}", f"{each.num_bytes / GIGA:,.4g}")
     return table
 
 
@@ -180,7 +163,7 @@ def _sentences(findings: Findings) -> Iterator[str]:
     cluster = request.config.cluster
     room = f"{cluster.memory_gb:g} GB of {cluster.name} less {cluster.memory_reserve_gb:g} GB for its runtime"
     verb = "fits" if findings.fits else "does not fit"
-    yield f"Rank {fullest.rank} needs {fullest.peak.total / GB:.1f} GB at its peak, which {verb} {room}."
+    yield f"Rank {fullest.rank} needs {fullest.peak.total / GIGA:.1f} GB at its peak, which {verb} {room}."
     if findings.fits:
         return
     if not findings.advice:
@@ -189,4 +172,4 @@ def _sentences(findings: Findings) -> Iterator[str]:
     yield "As dry runs of the fullest rank say, it would fit with"
     for each in findings.advice:
         time = f"{each.slowdown - 1:+.0%} of the step's time, estimated"
-        yield f"  {' '.join(each.overrides)}   ({each.num_bytes / GB:.1f} GB, {time})"
+        yield f"  {' '.join(each.overrides)}   ({each.num_bytes / GIGA:.1f} GB, {time})"

@@ -21,7 +21,6 @@ from launch.plan.question import questions
 from launch.plan.sensitivity import sensitivity
 from launch.plan.tables import (
     comparisons,
-    console,
     costs,
     effects,
     is_published,
@@ -29,6 +28,7 @@ from launch.plan.tables import (
     published_costs,
     ranking,
 )
+from launch.tables import console
 from train.config_store import compose_run
 
 

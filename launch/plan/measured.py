@@ -6,11 +6,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from launch.plan.question import Question, questions
+from launch.tables import new_table
 from parallel.planner import Plan
+from parallel.rates import GIGA
 from train.config import RunConfig
 from train.errors import RunError
 from train.reporting.run_data import RunData, read_run
@@ -84,10 +85,11 @@ def _scaled(gib: float | None) -> float | None:
 
 def measured_table(found: list[Measured]) -> Table:
     """Return a row for each stage."""
-    table = Table(title="predicted and measured", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("stage")
-    for name in ("tok/s predicted", "measured", "ratio", "GB predicted", "measured"):
-        table.add_column(name, justify="right")
+    table = new_table(
+        "predicted and measured",
+        left=("stage",),
+        right=("tok/s predicted", "measured", "ratio", "GB predicted", "measured"),
+    )
     for each in found:
         predicted, speed = each.predicted_tokens_per_second, each.tokens_per_second
         table.add_row(
@@ -95,8 +97,8 @@ def measured_table(found: list[Measured]) -> Table:
             f"{predicted:,.0f}",
             "-" if speed is None else f"{speed:,.0f}",
             "-" if speed is None else f"{speed / predicted:.2f}",
-            f"{each.plan.peak_memory / 1e9:.2f}",
-            "-" if each.memory is None else f"{each.memory / 1e9:.2f}",
+            f"{each.plan.peak_memory / GIGA:.2f}",
+            "-" if each.memory is None else f"{each.memory / GIGA:.2f}",
         )
     return table
 

@@ -79,21 +79,33 @@ def steps_by_size(stage: StageConfig) -> Counter[int]:
     return steps
 
 
+def task_of(
+    config: RunConfig,
+    stage: StageConfig,
+    *,
+    world_size: int,
+    batch_sizes: Iterable[int],
+    imbalance: float,
+) -> Task:
+    """Return what a stage trains, and on what."""
+    return Task(
+        model=config.model,
+        precision=config.precision,
+        cluster=config.cluster,
+        world_size=world_size,
+        seq_len=stage.seq_len,
+        batch_sizes=tuple(batch_sizes),
+        moment_bytes=MOMENT_BYTES[config.optimizer.moments],
+        imbalance=imbalance,
+    )
+
+
 def _question(
     config: RunConfig, name: str, stage: StageConfig, devices: int, fixed: frozenset[str], imbalance: float
 ) -> Question:
     own = stage.parallel or config.parallel
     steps = steps_by_size(stage)
-    task = Task(
-        model=config.model,
-        precision=config.precision,
-        cluster=config.cluster,
-        world_size=devices,
-        seq_len=stage.seq_len,
-        batch_sizes=tuple(sorted(steps)),
-        moment_bytes=MOMENT_BYTES[config.optimizer.moments],
-        imbalance=imbalance,
-    )
+    task = task_of(config, stage, world_size=devices, batch_sizes=sorted(steps), imbalance=imbalance)
     return Question(
         name=name,
         num_tokens=stage.num_tokens,
@@ -135,10 +147,10 @@ def _section_problems(config: RunConfig) -> list[str]:
 
 
 def _within(section: object, path: str) -> list[str]:
+    """Return the broken rules of a section and of the sections inside it."""
     own = getattr(section, "problems", None)
     found = [f"{path}{line}" for line in own()] if own is not None else []
-    for each in fields(section):  # type: ignore[arg-type]  # sections are dataclasses
-        value = getattr(section, each.name)
-        if is_dataclass(value):
-            found += _within(value, f"{path}{each.name}.")
+    if is_dataclass(section):
+        for each in fields(section):
+            found += _within(getattr(section, each.name), f"{path}{each.name}.")
     return found

@@ -1,33 +1,25 @@
-"""The answer as tables: in colour on a terminal, plain text elsewhere, at most 120 columns wide."""
+"""The answer as tables, at most 120 columns wide."""
 
 from collections.abc import Iterable
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from launch.plan.answer import StageAnswer
 from launch.plan.published import REPORT, STAGE_COSTS, Comparison
 from launch.plan.sensitivity import STEP, Effect
+from launch.tables import new_table
 from parallel.config import Context, ParallelConfig
 from parallel.pipeline.rules import INTERLEAVED
 from parallel.planner import Plan
 from parallel.rates import GIGA
 
-WIDTH = 120
 HOURS_OF_A_DAY = 24
-
-
-def console() -> Console:
-    """Return where tables are printed: at most 120 columns, and as many where output is no terminal."""
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal and plain.width <= WIDTH else Console(highlight=False, width=WIDTH)
 
 
 def ranking(answer: StageAnswer) -> Table:
     """Return a row for each layout of a stage; times and traffic are those of a step of the largest batch."""
     task = answer.question.task
-    table = _table(
+    table = new_table(
         f"{answer.question.name}: {max(task.batch_sizes):,} sequences of {task.seq_len:,} tokens a step, "
         f"{task.world_size:,} × {task.cluster.name}",
         left=("layout", "schedule", "experts", "recompute"),
@@ -56,7 +48,7 @@ def ranking(answer: StageAnswer) -> Table:
 
 def memory(plan: Plan, title: str) -> Table:
     """Return a row for each pipeline rank: 10^9 bytes of one of its devices, and its layers."""
-    table = _table(
+    table = new_table(
         f"memory of a device, GB: {title}",
         left=("pipeline rank", "layers"),
         right=("weights", "gradients", "optimizer", "activations", "recomputed", "total"),
@@ -74,7 +66,7 @@ def memory(plan: Plan, title: str) -> Table:
 
 def costs(answers: Iterable[StageAnswer]) -> Table:
     """Return a row for each stage of the run, its ramp included, and their sum beside what was published."""
-    table = _table(
+    table = new_table(
         "the run",
         left=("stage", "layout"),
         right=("tokens", "steps", "GPU hours", "days", "dollars"),
@@ -93,7 +85,7 @@ def costs(answers: Iterable[StageAnswer]) -> Table:
 
 def published_costs(answers: Iterable[StageAnswer]) -> Table:
     """Return a row for each published cost of a stage, or of several, beside the prediction."""
-    table = _table(
+    table = new_table(
         f"published ({REPORT}; 2,048 devices, FP8) and predicted",
         left=("stages",),
         right=("GPU hours", "dollars", "predicted hours", "dollars", "difference"),
@@ -118,7 +110,7 @@ def published_costs(answers: Iterable[StageAnswer]) -> Table:
 
 def effects(found: Iterable[Effect]) -> Table:
     """Return a row for each assumption: device hours per trillion tokens with it a fifth lower and higher."""
-    table = _table(
+    table = new_table(
         f"what the answer hangs on: GPU hours per trillion tokens with one assumption moved by {STEP:.0%}",
         left=("assumption",),
         right=("value", "lower", "higher"),
@@ -130,7 +122,7 @@ def effects(found: Iterable[Effect]) -> Table:
 
 def comparisons(found: Iterable[Comparison]) -> Table:
     """Return a row for each published speed."""
-    table = _table(
+    table = new_table(
         "published and predicted: tokens per second and device, DeepSeek-V3 at 4096 tokens, nothing fitted",
         left=("run", "layout"),
         right=("published", "predicted", "error"),
@@ -187,12 +179,3 @@ def _spans(layers: list[int]) -> str:
         else:
             spans.append([layer])
     return ", ".join("-".join(map(str, span)) for span in spans)
-
-
-def _table(title: str, *, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table

@@ -1,24 +1,16 @@
 """How long ranks stand idle: a schedule's table run on a clock, beside the closed formulas. No torch.
 
-The clock knows the cost of a pass through one stage and that a pass waits for what it needs; transfers cost
-nothing. The formulas of the literature assume many microbatches and equal stages; where one does not describe
-a table, `idle_formula` gives None rather than a number that looks like an answer.
+Here all stages cost the same, and transfers nothing; parallel/pipeline/clock.py takes other costs as well.
+The formulas of the literature assume many microbatches and equal stages; where one does not describe a table,
+`idle_formula` gives None rather than a number that looks like an answer.
 """
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from parallel.config import Schedule
-from parallel.pipeline.table import Action, ActionKind, ActionTable
-
-_KEYS = {
-    ActionKind.FORWARD: "forward",
-    ActionKind.BACKWARD: "backward",
-    ActionKind.BACKWARD_INPUT: "backward",
-    ActionKind.BACKWARD_WEIGHT: "weight",
-}
-_Key = tuple[str, int, int]
+from parallel.pipeline.clock import Run, program_of, run
+from parallel.pipeline.table import ActionKind, ActionTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,87 +26,30 @@ class Costs:
     backward_weight: float = 1.0
     overlapped: float | None = None
 
-    def of(self, action: Action) -> float:
-        """Return the time that one action takes."""
-        match action.kind:
+    def of(self, kind: ActionKind) -> float:
+        """Return the time that a pass takes, or a pair of them that runs together."""
+        backward = self.backward_input + self.backward_weight
+        match kind:
             case ActionKind.FORWARD:
                 return self.forward
             case ActionKind.BACKWARD:
-                return self.backward_input + self.backward_weight
+                return backward
             case ActionKind.BACKWARD_INPUT:
                 return self.backward_input
             case ActionKind.BACKWARD_WEIGHT:
                 return self.backward_weight
-            case ActionKind.OVERLAP if self.overlapped is not None:
-                return self.overlapped
             case _:
-                return sum(self.of(part) for part in action.parts)
+                return self.forward + backward if self.overlapped is None else self.overlapped
 
 
-@dataclass(frozen=True)
-class Timing:
-    """makespan: from the first pass to the end of the last; busy: of each rank."""
-
-    makespan: float
-    busy: tuple[float, ...]
-
-    @property
-    def idle(self) -> tuple[float, ...]:
-        """Return the time for which each rank is idle."""
-        return tuple(self.makespan - busy for busy in self.busy)
-
-    @property
-    def bubble(self) -> float:
-        """Return the idle fraction of all ranks' time."""
-        return sum(self.idle) / (self.makespan * len(self.busy))
-
-
-def simulate(table: ActionTable, costs: Costs) -> Timing:
+def simulate(table: ActionTable, costs: Costs) -> Run:
     """Run a table on a clock. Raises ValueError where ranks wait for each other for ever."""
-    queues = [deque(_units(actions, costs)) for actions in table.actions]
-    clocks, busy, ends = [0.0] * len(queues), [0.0] * len(queues), dict[_Key, float]()
-    while any(queues):
-        progress = False
-        for rank, queue in enumerate(queues):
-            while queue and all(need in ends for need in _needs(queue[0], table.num_stages)):
-                action = queue.popleft()
-                starts = [ends[need] for need in _needs(action, table.num_stages)]
-                cost = costs.of(action)
-                clocks[rank] = max([clocks[rank], *starts]) + cost
-                busy[rank] += cost
-                ends.update({_key(part): clocks[rank] for part in action.passes})
-                progress = True
-        if not progress:
-            heads = [f"rank {rank}: {queue[0]}" for rank, queue in enumerate(queues) if queue]
-            raise ValueError(f"the table has a deadlock at {', '.join(heads)}")
-    return Timing(max(clocks), tuple(busy))
-
-
-def _units(actions: Iterable[Action], costs: Costs) -> list[Action]:
-    """Return what takes time and starts as one: an OVERLAP only where its two passes really run together."""
-    if costs.overlapped is None:
-        return [part for action in actions for part in action.passes]
-    return [action for action in actions if action.passes]
-
-
-def _key(action: Action) -> _Key:
-    return _KEYS[action.kind], action.stage, action.microbatch
-
-
-def _needs(action: Action, num_stages: int) -> list[_Key]:
-    """Return what must be over before an action starts."""
-    needs: list[_Key] = []
-    for part in action.passes:
-        if part.kind is ActionKind.FORWARD:
-            if part.stage > 0:
-                needs.append(("forward", part.stage - 1, part.microbatch))
-        elif part.kind is ActionKind.BACKWARD_WEIGHT:
-            needs.append(("backward", part.stage, part.microbatch))
-        else:
-            needs.append(("forward", part.stage, part.microbatch))
-            if part.stage < num_stages - 1:
-                needs.append(("backward", part.stage + 1, part.microbatch))
-    return needs
+    if costs.overlapped is None:  # what is joined starts as one only where it really runs together
+        apart = tuple(tuple(table.passes(rank)) for rank in range(len(table.actions)))
+        table = ActionTable(apart, table.stage_to_rank)
+    program = program_of(table)
+    seconds = {slot: costs.of(slot[0]) for slot in program.slots}
+    return run(program, seconds, transfers=[0.0] * (table.num_stages - 1))
 
 
 def idle_formula(schedule: Schedule, *, pp: int, num_microbatches: int, costs: Costs) -> float | None:

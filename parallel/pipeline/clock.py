@@ -1,9 +1,9 @@
-"""A schedule's table on a clock where stages differ: what each pass and each transfer takes, in seconds.
+"""A schedule's table on a clock where stages differ: what each pass and each transfer takes.
 
-parallel/pipeline/bubble.py runs a table once, with one cost for all stages, and compares it with formulas. A
-search runs one table thousands of times, with other costs each time. Which pass waits for which does not
+A search runs one table thousands of times, with other costs each time. Which pass waits for which does not
 depend on costs, so a table is put into an order in which everything needed comes first, once (`program_of`),
-and each run (`run`) goes through that list.
+and each run (`run`) goes through that list. parallel/pipeline/bubble.py runs tables on it with one cost for
+all stages, and compares them with the literature's formulas.
 """
 
 from collections import deque
@@ -43,7 +43,7 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Times of one step in seconds; busy and ends are of each rank."""
+    """Times of one step, in the unit of the costs; busy and ends are of each rank."""
 
     busy: tuple[float, ...]
     ends: tuple[float, ...]
@@ -54,9 +54,14 @@ class Run:
         return max(self.ends)
 
     @property
+    def idle(self) -> tuple[float, ...]:
+        """Return the time for which each rank is idle."""
+        return tuple(self.makespan - busy for busy in self.busy)
+
+    @property
     def bubble(self) -> float:
         """Return the idle fraction of all ranks' time."""
-        return 1 - sum(self.busy) / (self.makespan * len(self.busy)) if self.makespan else 0.0
+        return sum(self.idle) / (self.makespan * len(self.busy)) if self.makespan else 0.0
 
 
 @cache
@@ -98,8 +103,8 @@ def slot_of(action: Action) -> Slot:
 
 
 def run(program: Program, costs: Mapping[Slot, float], *, transfers: Sequence[float]) -> Run:
-    """Run a program. costs: seconds of each slot; transfers: from stage i to stage i + 1, and back."""
-    seconds = [costs[slot] for slot in program.slots]
+    """Run a program. costs: time of each slot; transfers: from stage i to stage i + 1, and back."""
+    times = [costs[slot] for slot in program.slots]
     crossing = [*transfers, 0.0]  # the last one is index -1: nothing to cross
     clocks, busy = [0.0] * program.num_ranks, [0.0] * program.num_ranks
     ends: list[float] = []
@@ -109,7 +114,7 @@ def run(program: Program, costs: Mapping[Slot, float], *, transfers: Sequence[fl
             ready = ends[other] + crossing[border]
             if ready > start:
                 start = ready
-        cost = seconds[unit.slot]
+        cost = times[unit.slot]
         clocks[unit.rank] = start + cost
         busy[unit.rank] += cost
         ends.append(start + cost)

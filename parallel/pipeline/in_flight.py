@@ -1,8 +1,9 @@
 """How many microbatches a rank keeps activations of, from the schedule's table.
 
-A forward pass through a stage leaves activations behind until its backward pass is over; where that is split,
-until the weight gradients are done, which still read the inputs of matrix products. A rank with two stages
-holds more of one when it holds fewer of the other, so what matters is which numbers occur together.
+A forward pass through a stage leaves activations behind until its backward pass is over. Where that is split,
+the gradient of the input is there first, and until those of the weights are done, inputs and output gradients
+of the matrix products wait. A rank with two stages holds more of one when it holds fewer of the other, so
+what matters is which numbers occur together.
 """
 
 from collections import Counter
@@ -13,8 +14,9 @@ from parallel.config import Schedule
 from parallel.pipeline.orders import pass_table
 from parallel.pipeline.table import Action, ActionKind
 
-Held = tuple[int, ...]
-"""Microbatches held of each stage of a rank, in order of the stages."""
+Held = tuple[tuple[int, int], ...]
+"""Of each stage of a rank, in order: microbatches that wait for a backward pass, and those for which only the
+gradients of weights are put off."""
 
 
 @cache
@@ -31,21 +33,35 @@ def held_at_once(
 
 
 def peak_bytes(held: tuple[Held, ...], per_microbatch: Sequence[float]) -> float:
-    """Return the most bytes that a rank keeps; per_microbatch: of each of its stages, in order."""
-    return max(sum(n * size for n, size in zip(counts, per_microbatch, strict=True)) for counts in held)
+    """Return the most bytes that a rank keeps; per_microbatch: of each of its stages, in order.
+
+    What waits for weight gradients counts as if nothing had been freed by then.
+    """
+    return max(
+        sum(sum(counts) * size for counts, size in zip(stages, per_microbatch, strict=True))
+        for stages in held
+    )
 
 
 def _states(actions: tuple[Action, ...], stages: list[int]) -> set[Held]:
-    """Return what is held after every forward pass, the moments at which it can be most."""
-    held: Counter[int] = Counter()
+    """Return what is held after every pass that leaves something, the moments at which it can be most."""
+    whole: Counter[int] = Counter()
+    put_off: Counter[int] = Counter()
     states: set[Held] = set()
     for action in actions:
         for part in action.passes:  # of a joined pair, the forward pass comes first and both are in memory
-            if part.kind is ActionKind.FORWARD:
-                held[part.stage] += 1
-                states.add(tuple(held[stage] for stage in stages))
-            elif part.kind is not ActionKind.BACKWARD_INPUT:
-                held[part.stage] -= 1
+            match part.kind:
+                case ActionKind.FORWARD:
+                    whole[part.stage] += 1
+                case ActionKind.BACKWARD:
+                    whole[part.stage] -= 1
+                case ActionKind.BACKWARD_INPUT:
+                    whole[part.stage] -= 1
+                    put_off[part.stage] += 1
+                case _:
+                    put_off[part.stage] -= 1
+            if part.kind in (ActionKind.FORWARD, ActionKind.BACKWARD_INPUT):
+                states.add(tuple((whole[stage], put_off[stage]) for stage in stages))
     return states
 
 
@@ -54,6 +70,8 @@ def _largest(states: set[Held]) -> tuple[Held, ...]:
 
     def exceeded(state: Held) -> bool:
         others = (other for other in states if other != state)
-        return any(all(a <= b for a, b in zip(state, other, strict=True)) for other in others)
+        return any(
+            all(a <= c and b <= d for (a, b), (c, d) in zip(state, other, strict=True)) for other in others
+        )
 
     return tuple(sorted(state for state in states if not exceeded(state)))

@@ -37,7 +37,7 @@ def pass_table(
     places = stage_to_rank(schedule, pp=pp, chunks=chunks)
     orders = [_order(schedule, rank, **sizes) for rank in range(pp)]
     if schedule in V_SCHEDULES:  # written for a pipeline that fills up, so for enough microbatches
-        orders = [_first_microbatches(order, num_microbatches) for order in orders]
+        orders = [first_microbatches(order, num_microbatches) for order in orders]
     if not overlap:
         orders = [[part for action in order for part in action.passes] for order in orders]
     return ActionTable(tuple(map(tuple, orders)), places)
@@ -193,8 +193,8 @@ def _dualpipev(rank: int, pp: int, num_microbatches: int) -> list[Action]:
     return w.order
 
 
-def _first_microbatches(order: list[Action], num_microbatches: int) -> list[Action]:
-    """Leave out the passes of microbatches that the step does not have."""
+def first_microbatches(order: list[Action], num_microbatches: int) -> list[Action]:
+    """Leave out the passes of microbatches that the step does not have; what was joined to one runs alone."""
     kept = []
     for action in order:
         passes = tuple(part for part in action.passes if part.microbatch < num_microbatches)
