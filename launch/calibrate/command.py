@@ -30,7 +30,7 @@ from launch.calibrate.card import Card, as_overrides, as_yaml, beyond_peak, effi
 from launch.calibrate.compute import compute_rates
 from launch.calibrate.links import link_rates
 from launch.calibrate.rate import Rate, merged
-from launch.preflight.options import at_least
+from launch.options import add_measurement_options, command_parser
 from launch.preflight.software import host_name
 from parallel.cluster import ClusterConfig
 from parallel.preflight.gather import gather_json
@@ -138,14 +138,6 @@ def _host_memory() -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="cluster=CARD, device=cpu, …")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument(
-        "--timeout-s", type=at_least(1, int), default=300, help="how long one rank may keep others waiting"
-    )
+    parser = command_parser("calibrate", __doc__)
+    add_measurement_options(parser, timeout_s=300)
     return parser.parse_intermixed_args(argv)

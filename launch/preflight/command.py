@@ -20,12 +20,12 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
+from launch.options import add_measurement_options, at_least, command_parser
 from launch.preflight.clocks import check_clocks
 from launch.preflight.device import check_devices, usable_device
 from launch.preflight.folder import check_folder
 from launch.preflight.groups import Axis, check_groups
 from launch.preflight.layout import check_layout
-from launch.preflight.options import at_least
 from launch.preflight.product import check_products
 from launch.preflight.report import as_json, axis_table, outcome_table
 from launch.preflight.site import Outcome, Roster, Site
@@ -108,16 +108,8 @@ def _conclude(outcomes: list[Outcome], axes: list[Axis], roster: Roster, *, as_t
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch preflight",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m train")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument(
-        "--timeout-s", type=at_least(1, int), default=120, help="how long one rank may keep others waiting"
-    )
+    parser = command_parser("preflight", __doc__)
+    add_measurement_options(parser, timeout_s=120)
     parser.add_argument(
         "--slow-percent",
         type=at_least(0, float),
@@ -125,7 +117,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         f"{SLOW_PERCENT['cuda']:g} on accelerators, {SLOW_PERCENT['cpu']:g} on CPUs",
     )
     parser.add_argument(
-        "--max-skew-s", type=at_least(0, float), default=1.0, help="how far clocks may be apart"
+        "--max-skew-s", type=at_least(0, float), default=1.0, help="how far clocks may be apart (1)"
     )
     parser.add_argument(
         "--message-mb",

@@ -11,6 +11,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from launch.options import command_parser
 from launch.submit.request import Request
 from launch.submit.runs import Runs, plan_runs
 from launch.submit.script import job_script
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> None:
 def _checked(asked: argparse.Namespace, request: Request) -> Runs:
     """Return the runs if nothing is wrong with them nor with the request."""
     found = request.problems()
+    if request.at_once is not None and not asked.sweep:
+        found.append(f"--at-once {request.at_once} needs --sweep; leave it out for a single run")
     runs = None
     try:
         runs = plan_runs(asked.overrides, sweep=asked.sweep, world_size=max(1, request.world_size))
@@ -86,11 +89,8 @@ def _request(asked: argparse.Namespace) -> Request:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch submit", description="Write the Slurm script of a run and submit it."
-    )
+    parser = command_parser("submit", __doc__)
     add = parser.add_argument
-    add("overrides", nargs="*", help="what python -m train takes: recipe=NAME key=value …")
     add("--nodes", type=int, required=True, help="machines of the job")
     add("--gpus-per-node", type=int, default=8, help="GPUs asked of each, and processes on it; 0: none (8)")
     add("--processes-per-node", type=int, help="processes on each node, if not one per GPU")

@@ -77,11 +77,10 @@ class Request:
             yield f"--nodes {self.nodes} must be at least 1"
         if self.gpus_per_node < 0:
             yield f"--gpus-per-node {self.gpus_per_node} must not be negative; use 0 where nodes have none"
-        elif self.processes < 1:
-            yield (
-                f"--gpus-per-node {self.gpus_per_node} leaves {self.processes} processes per node; "
-                "use --processes-per-node for a job on CPUs"
-            )
+        elif self.processes_per_node is None and self.gpus_per_node == 0:
+            yield "--gpus-per-node 0 leaves no process on a node; use --processes-per-node for a job on CPUs"
+        if self.processes_per_node is not None and self.processes_per_node < 1:
+            yield f"--processes-per-node {self.processes_per_node} must be at least 1"
         if self.retries < 0:
             yield f"--retries {self.retries} must not be negative; use 0 for none"
         if self.at_once is not None and self.at_once < 1:

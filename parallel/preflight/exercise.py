@@ -1,7 +1,6 @@
 """Time one collective, and compare what arrived with what had to arrive."""
 
 import statistics
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from parallel.diagnosis import first_line
 from parallel.groups import Group
 from parallel.preflight.operations import ELEMENT_BYTES, OPERATIONS, whole_buffer, wrong_parts
-from parallel.preflight.timing import REPEATS, WARM_UPS, settle
+from parallel.preflight.timing import REPEATS, WARM_UPS, timed
 from parallel.preflight.uses import Use
 
 
@@ -70,21 +69,18 @@ def exercise(
     Every run is compared with the expected values, the warm-up too: a link that errs does so now and then.
     """
     kind, count = OPERATIONS[operation], whole_buffer(group, num_bytes)
-    expected = kind.expected(group, count, device)
     seconds: list[float] = []
     worst, senders = 0, set[int]()
     error = ""
     try:
+        expected = kind.expected(group, count, device)
         work = kind.prepare(group, count, device)
         for _ in range(WARM_UPS + REPEATS):
-            settle(device)
-            started = time.perf_counter()
-            result = work()
-            settle(device)
-            seconds.append(time.perf_counter() - started)
+            took, result = timed(work, device)
+            seconds.append(took)
             wrong, found = wrong_parts(kind, result, expected, group)
             worst, senders = max(worst, wrong), senders | set(found)
-    except RuntimeError as failure:  # of the backend; if a process was lost, the next barrier says so
+    except RuntimeError as failure:  # of the backend or of memory; of a lost process the next barrier tells
         error = first_line(failure)
     return Exercise(
         turn=turn,

@@ -3,10 +3,13 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 WARM_UPS, REPEATS = 2, 5
+
+Result = TypeVar("Result")
 
 
 def settle(device: torch.device) -> None:
@@ -15,22 +18,18 @@ def settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def repeated_seconds(
-    work: Callable[[], object],
-    device: torch.device,
-    *,
-    warm_ups: int = WARM_UPS,
-    repeats: int = REPEATS,
-) -> list[float]:
-    """Return the seconds of each of `repeats` runs, after `warm_ups` that are not counted."""
-    seconds: list[float] = []
-    for _ in range(warm_ups + repeats):
-        settle(device)
-        started = time.perf_counter()
-        work()
-        settle(device)
-        seconds.append(time.perf_counter() - started)
-    return seconds[warm_ups:]
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Return the seconds that work takes on an idle device, until it is idle again, and what it gives."""
+    settle(device)
+    started = time.perf_counter()
+    result = work()
+    settle(device)
+    return time.perf_counter() - started, result
+
+
+def repeated_seconds(work: Callable[[], object], device: torch.device) -> list[float]:
+    """Return the seconds of each of REPEATS runs, after WARM_UPS that are not counted."""
+    return [timed(work, device)[0] for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]
 
 
 def median_seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -174,7 +174,7 @@ def test_interrupt_from_the_keyboard_ends_all_processes_at_once(tmp_path: Path) 
     workers_alive = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, error
     assert b"interrupted; the same command goes on where it stopped" in error
     assert b"Traceback" not in error
     wait_until_gone(workers_alive)

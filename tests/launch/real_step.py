@@ -18,6 +18,7 @@ from parallel.groups import CollectiveCall, Pending, Trace
 from parallel.mesh import build_mesh
 from parallel.pipeline.table import Action, ActionKind
 from parallel.schedule import LocalSchedule
+from tests.distributed import GLOO_S
 from train.balance import update_router_biases
 from train.batch import make_batch
 from train.build import StageParts, build_stage
@@ -26,9 +27,6 @@ from train.engines.zero1 import Zero1Engine
 CPU = torch.device("cpu")
 MARK_BYTES = 1_000_003
 """Of a tensor that is made and dropped to mark a moment among the events of the profiler."""
-
-GLOO_S = 0.005
-"""gloo's threads let go of the tensors of an exchange this soon after it is over."""
 
 
 @dataclass

@@ -14,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from launch.calibrate.card import as_overrides, as_yaml, beyond_peak, efficiencies, measured_card
 from launch.calibrate.command import main
 from launch.calibrate.compute import attention_rates, product_rate
-from launch.calibrate.links import spread
+from launch.calibrate.links import MESSAGE_BYTES, link_rates, spread
 from launch.calibrate.rate import Rate, merged
 from parallel.cluster import ClusterConfig
 from parallel.layout import axis_groups
+from tests.distributed import run_ranks
+from tests.launch.preflight_job import site_of
 from tests.parallel.started import started
 from train.config_store import compose_run
 from train.errors import RunError, exit_cleanly
@@ -100,6 +102,19 @@ def test_hosts_become_the_nodes_of_one_set_of_experts() -> None:
     for hosts in (["a", "a", "b"], ["a", "b", "a", "b"], ["a", "a", "a", "b"]):
         with pytest.raises(RunError, match="start as many processes on every host"):
             spread(hosts)
+
+
+def links(rank: int) -> list[Rate]:
+    return list(link_rates(site_of(rank, 4, ["recipe=smoke"]).team, ["a", "a", "b", "b"]))
+
+
+def test_only_bytes_that_leave_a_rank_count() -> None:
+    """Of two ranks each keeps half of its buffer."""
+    for rates in run_ranks(4, links):
+        assert [(rate.name, rate.work) for rate in rates] == [
+            ("intra_node", MESSAGE_BYTES["cpu"] / 2),
+            ("inter_node", MESSAGE_BYTES["cpu"] / 2),
+        ]
 
 
 def test_two_hosts_of_two_processes_measure_every_link(tmp_path: Path) -> None:

@@ -4,14 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from launch.local.command import main
+from launch.local.command import LocalJob, main
 from tests.train.test_many_processes import finish, signal_rank, wait_for_steps
 from tests.train.tiny_job import ROOT, metrics, overrides
-from train.errors import RunError
+from train.errors import EXIT_BAD_INPUT, RunError
 
 SHAPE = [
     "stages.pretrain_4k.batch={start: 2, end: 2}",
@@ -79,11 +80,37 @@ def test_a_mistake_is_not_repeated_and_a_second_ctrl_c_ends_at_once(tmp_path: Pa
     assert output.count("error: ") == 1, output
 
 
+def test_a_terminal_that_is_closed_ends_the_job_unless_it_was_started_with_nohup(tmp_path: Path) -> None:
+    class Sleeping(LocalJob):
+        def __init__(self) -> None:
+            super().__init__([], num_processes=1, logs=tmp_path)
+            self._command = ["sleep", "60"]
+
+    with Sleeping() as job:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP)).start()
+        assert job.run() == 128 + signal.SIGHUP
+        assert job.stopping  # and is not started again
+    with Sleeping() as job:
+        os.kill(os.getpid(), signal.SIGHUP)  # before there is anything to end
+        assert job.run() == 128 + signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Sleeping():
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("option", ["--nproc=0", "--restarts=-1"])
+def test_numbers_that_are_too_small_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["recipe=smoke", "--nproc=1", option])
+    assert stop.value.code == EXIT_BAD_INPUT
+    name, _, value = option.partition("=")
+    assert f"argument {name}: {value} must be at least" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["recipe=smoke", "--nproc", "0"], "--nproc 0 must be at least 1"),
-        (["recipe=smoke", "--nproc", "1", "--restarts", "-1"], "--restarts -1"),
         (["recipe=smoke", "parallel.pp=2", "--nproc", "3"], "not 3"),
         (["recipe=nothing", "--nproc", "1"], "nothing"),
     ],

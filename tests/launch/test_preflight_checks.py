@@ -115,6 +115,8 @@ def test_checkpoints_take_the_bytes_of_the_closed_form(tmp_path: Path) -> None:
 def test_the_published_model_needs_terabytes() -> None:
     config = compose_run(["recipe=deepseek_v3"])
     assert checkpoint_bytes(config) == pytest.approx(8 * 684.5e9, rel=0.01)  # 671 B and one MTP module
+    assert len(config.stages) == 3  # the ends of the first two stay beside those that are kept and written
+    assert needed_bytes(config) == (config.checkpoint.keep_last + 1 + 2) * checkpoint_bytes(config)
     views = [View(path="/runs", free=10**13)] * 6
     judged = judge_folder(views, [True] * 6, ROSTER, needed=needed_bytes(config), held=0)
     (problem,) = judged.problems
@@ -171,12 +173,22 @@ def test_the_slow_group_and_the_host_behind_it_are_named() -> None:
         "all_reduce over dp of rank 0 (n0), rank 2 (n9) takes 1300.00 ms, 1.30 times"
     )
     assert problems[2].endswith("exclude n0, n9 (sbatch --exclude=n0,n9)")
+    pair = [[seen((0, 2), 1.0)], [seen((1, 3), 1.3)]] * 2  # of two groups the faster one is the measure
+    assert [line.split(" takes ")[0] for line in judge_groups(pair, ROSTER, slow_percent=15).problems] == [
+        "all_reduce over dp of rank 1 (n0), rank 3 (n1)"
+    ]
     blamed = judge_groups(found, Roster(["n1", "n1", "n9", "n3", "n4", "n5"]), slow_percent=15).problems
     assert blamed[2].endswith("exclude n9 (sbatch --exclude=n9)")  # n1 is in a fast group as well
 
 
 def test_bad_options_end_in_a_message(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["recipe=smoke", "--timeout-s", "0"])
-    assert stop.value.code == 2
-    assert "0 must be at least 1" in capsys.readouterr().err
+    for option, complaint in {
+        "--timeout-s=0": "0 must be at least 1",
+        "--timeout-s=1.5": "invalid int value: '1.5'",
+        "--message-mb=inf": "inf must be at least 0, and finite",
+        "--slow-percent=nan": "nan must be at least 0, and finite",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            main(["recipe=smoke", option])
+        assert stop.value.code == 2
+        assert complaint in capsys.readouterr().err

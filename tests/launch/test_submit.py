@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.submit.command import main
-from launch.submit.request import seconds
+from launch.submit.request import Request, seconds
 from launch.submit.runs import plan_runs
 from tests.launch.slurm.compose import FOLDER, JOBS, head, script
 from train.errors import RunError
@@ -54,6 +54,19 @@ def test_times_of_slurm(time: str, expected: float | None) -> None:
     assert seconds(time) == expected
 
 
+@pytest.mark.parametrize(
+    ("gpus", "processes", "expected"),
+    [
+        (0, None, "--gpus-per-node 0 leaves no process"),
+        (8, 0, "--processes-per-node 0 must be at least 1"),
+        (-1, None, "--gpus-per-node -1 must not be negative"),
+    ],
+)
+def test_the_option_that_leaves_no_process_is_named(gpus: int, processes: int | None, expected: str) -> None:
+    (problem,) = Request(nodes=1, gpus_per_node=gpus, processes_per_node=processes).problems()
+    assert problem.startswith(expected)
+
+
 def test_a_sound_request_has_no_problems() -> None:
     for request, _ in JOBS.values():
         assert request.problems() == []
@@ -69,11 +82,12 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
     message = str(caught.value)
     for part in (
-        "15 problems in the request; nothing was submitted",
+        "16 problems in the request; nothing was submitted",
         "--nodes 0 must be at least 1",
         "use --processes-per-node for a job on CPUs",
         "--retries -1",
-        "--at-once 0",
+        "--at-once 0 must be at least 1",
+        "--at-once 0 needs --sweep",
         "--signal-before 120 leaves nothing of --time 2",
         "--partition 'a b' must be one word",
         "--job-name '50%' must be one word",

@@ -91,6 +91,7 @@ def failed(*codes: int) -> str:
         (failed(2), 2, 0, "another start would repeat"),
         (failed(75, 3), 3, 0, "another start would repeat"),
         (failed(4, 2), 2, 0, "another start would repeat"),
+        (failed(143, 2), 2, 0, "another start would repeat"),
         (failed(75, 75), 75, 0, "saved and stopped"),
         (failed(75, 4), 4, 1, "lost a process (code 4), 1 of 3 retries"),
         (failed(4, 1), 1, 1, "lost a process (code 1), 1 of 3 retries"),

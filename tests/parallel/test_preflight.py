@@ -86,10 +86,14 @@ def test_four_processes_meet_in_every_way() -> None:
 
 
 class Corrupted(Group):
-    """A group over whose wire one process sends other bytes than it was given."""
+    """A group over whose wire one process sends other bytes than it was given; in a gather once only."""
+
+    gathers = 0
 
     def start_all_gather(self, x: torch.Tensor, out: torch.Tensor | None = None) -> Pending:
-        return super().start_all_gather(x + (torch.arange(len(x)) == 3) * (self.rank == 2), out)
+        self.gathers += 1
+        errs = self.rank == 2 and self.gathers == 1
+        return super().start_all_gather(x + (torch.arange(len(x)) == 3) * errs, out)
 
     def start_all_reduce(self, x: torch.Tensor, **how: Any) -> Pending:
         return super().start_all_reduce(x.add_((torch.arange(len(x)) == 3) * (self.rank == 2)), **how)

@@ -1,5 +1,6 @@
 """The closed form of saved activations on several processes: what each gathers or is sent, it keeps."""
 
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -18,7 +19,7 @@ from parallel.context import split_context
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.sharding import Sharding, build_part
-from tests.distributed import run_ranks
+from tests.distributed import GLOO_S, run_ranks
 from tests.model.live_bytes import LiveBytes
 from tests.model.small import small
 
@@ -93,6 +94,7 @@ def measure(rank: int, case: Case) -> int:
     positions_BS = split_context(torch.arange(S).expand(B, -1), dim=1, group=mesh.cp)
     with LiveBytes() as live:
         output = model(tokens_BKS, positions_BS, balance_scale=0.5)
+    time.sleep(GLOO_S)
     last_norm = 2 * CONFIG.hidden_size * B * S // (mesh.tp.size * mesh.cp.size)
     live.forget(tokens_BKS, positions_BS, output.load_LE, output.balance_loss, *output.hidden_KBSD)
     live.forget(*model.parameters(), *model.buffers(), *made_before)

@@ -234,6 +234,14 @@ def test_runs_beside_each_other(run_dir: Path, tmp_path: Path):
     (difference,) = page.figure("Difference from smoke")["data"]
     np.testing.assert_allclose(known(difference["y"]), 1.0, rtol=1e-6)
     assert "the farthest is +2.000 % away" in page.text
+    half = len(lines) // 2
+    (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:half]))
+    shutil.rmtree(other / "evaluations")
+    page = Page(write_report(run_dir, beside=[other]))
+    (difference,) = page.figure("Difference from smoke")["data"]
+    compared = array(difference["x"])[np.isfinite(array(difference["y"]))]
+    assert compared.max() == lines[half - 1]["tokens"]  # no comparison beyond what the other has seen
+    assert "No other run has been evaluated after a stage yet" in page.text
     write_report(run_dir)
     with pytest.raises(RunError, match="told apart by name"):
         write_report(run_dir, beside=[run_dir])

@@ -49,7 +49,7 @@ def _curves(timelines: dict[str, Timeline], losses: dict[str, Values]) -> list[g
 
 
 def _differences(timelines: dict[str, Timeline], losses: dict[str, Values], first: str) -> list[go.Scatter]:
-    """Return each run's excess over the first at the tokens that the first has seen, stage by stage."""
+    """Return each run's excess over the first in percent, at those tokens of the first that it saw too."""
     base, expected = timelines[first], losses[first]
     traces = []
     for i, (name, timeline) in enumerate(timelines.items()):
@@ -100,11 +100,10 @@ def _held_out(run: RunData, others: Sequence[RunData]) -> Panel:
 
 
 def _verdict(known: dict[str, float], base: float) -> str:
-    others = [loss for loss in known.values() if loss != base]
-    if not others:
-        return "All runs have the same loss after their last stage."
-    worst = max(others, key=lambda loss: abs(loss / base - 1))
-    return f"After the last stage of each; the farthest is {100 * (worst / base - 1):+.3f} % away."
+    if len(known) < 2:
+        return "No other run has been evaluated after a stage yet."
+    worst = max(known.values(), key=lambda loss: abs(loss / base - 1))
+    return f"After the last finished stage of each; the farthest is {100 * (worst / base - 1):+.3f} % away."
 
 
 def held_out_loss(run: RunData) -> float | None:
