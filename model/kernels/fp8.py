@@ -49,8 +49,8 @@ SQUARE: BlockShape = (BLOCK, BLOCK)
 CHUNK_ELEMENTS = 1 << 18
 """Elements that are coded or decoded at a time. Most of these passes are over one or two bytes an element:
 with fewer at a time, calling them would cost as much as they do."""
-_HALF_MANTISSA_SHIFT = 7
-"""E4M3's sign, exponent and mantissa, shifted so far, are those of an FP16 number 2^8 times smaller."""
+_HALF_SHIFT = 1 << 7
+"""Times this, E4M3's sign, exponent and mantissa are those of an FP16 number 2^8 times smaller."""
 _HALF_FACTOR = 256.0
 
 
@@ -167,14 +167,15 @@ def _decode(x: Quantized, dtype: torch.dtype) -> Tensor:
     scales_NIcI = x.scales.reshape(num_blocks, 1, codes_NHcW.shape[2], 1)
     out_NHcW = codes_NHcW.new_empty(codes_NHcW.shape, dtype=dtype)
     size = (scratch_rows(num_blocks, width, elements=CHUNK_ELEMENTS), *codes_NHcW.shape[1:])
-    bits, values = (
-        codes_NHcW.new_empty(size, dtype=torch.int16),
-        codes_NHcW.new_empty(size, dtype=torch.float32),
-    )
+    bits = codes_NHcW.new_empty(size, dtype=torch.int16)
+    values = None if dtype is torch.float32 else codes_NHcW.new_empty(size, dtype=torch.float32)
     for part in row_blocks(num_blocks, width, elements=CHUNK_ELEMENTS):
-        codes_nHcW = codes_NHcW[part]
+        codes_nHcW, out_nHcW = codes_NHcW[part], out_NHcW[part]
         bits_nHcW = bits[: len(codes_nHcW)].copy_(codes_nHcW)  # the sign is extended to the left
-        bits_nHcW.bitwise_left_shift_(_HALF_MANTISSA_SHIFT).bitwise_and_(~0x4000)
-        values_nHcW = values[: len(codes_nHcW)].copy_(bits_nHcW.view(torch.float16))
-        out_NHcW[part] = values_nHcW.mul_(_HALF_FACTOR).mul_(scales_NIcI[part])
+        bits_nHcW.mul_(_HALF_SHIFT).bitwise_and_(~0x4000)
+        values_nHcW = out_nHcW if values is None else values[: len(codes_nHcW)]
+        # one after the other: their product may overflow where codes * scales does not
+        values_nHcW.copy_(bits_nHcW.view(torch.float16)).mul_(_HALF_FACTOR).mul_(scales_NIcI[part])
+        if values is not None:
+            out_nHcW.copy_(values_nHcW)
     return _join(out_NHcW, x.codes.shape)

@@ -4,8 +4,9 @@
 
 Square: as many tokens as input and output channels. Both maps take the same BF16 tensors, accumulate the
 gradient of the weight in FP32, as training does, and alternate, one pass of each; `ratio` is the median of
-the ratios of neighbours. Codes of the weight are made once, as for all microbatches of a step but the first,
-or with `--new-weights` in every pass. One JSON line for each size.
+the ratios of neighbours, `forward` that of their forward passes alone. Codes of the weight are made once, as
+for all microbatches of a step but the first, or with `--new-weights` in every pass. One JSON line for each
+size.
 
 Time is that of the process (`--clock cpu`), which other work on the machine disturbs little, or of the wall.
 """
@@ -26,11 +27,14 @@ from model.config import Fp8Scales, Gemm, PrecisionConfig
 from model.fp8 import Fp8Policy
 from model.kernels.allocator import keep_freed_memory
 
-CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
+Clock = Callable[[], float]
+Pass = Callable[[Clock], tuple[float, float]]
+"""Runs a linear map forward and backward, adds up its gradients, and returns the seconds of both parts."""
+CLOCKS: dict[str, Clock] = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
-def make_pass(function: Callable[[Tensor, Tensor], Tensor], size: int) -> Callable[[], None]:
-    """Return a function that runs a linear map forward and backward and adds up its gradients."""
+def make_pass(function: Callable[[Tensor, Tensor], Tensor], size: int) -> Pass:
+    """Return a pass of a map of `size` tokens, input and output channels."""
     generator = torch.Generator().manual_seed(0)
     x, weight, grad = (torch.randn(size, size, generator=generator).bfloat16() for _ in range(3))
     x.requires_grad_()
@@ -38,9 +42,13 @@ def make_pass(function: Callable[[Tensor, Tensor], Tensor], size: int) -> Callab
     parameter.grad_dtype = torch.float32
     parameter.grad = torch.zeros(size, size, dtype=torch.float32)
 
-    def run() -> None:
+    def run(clock: Clock) -> tuple[float, float]:
         x.grad = None
-        function(x, parameter).backward(grad)
+        start = clock()
+        y = function(x, parameter)
+        middle = clock()
+        y.backward(grad)
+        return middle - start, clock() - middle
 
     return run
 
@@ -51,16 +59,15 @@ def measure(size: int, args: argparse.Namespace) -> dict[str, object]:
     fp8 = partial(policy.linear, scales=policy.linear_scales("ffn.w1"))
     passes = {"bf16": make_pass(F.linear, size), "fp8": make_pass(fp8, size)}
     clock = CLOCKS[args.clock]
-    times: dict[str, list[float]] = {name: [] for name in passes}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
     for repeat in range(2 + args.repeats):
         if args.new_weights:
             policy.weights.forget()
         for name, run in passes.items():
-            start = clock()
-            run()
+            seconds = run(clock)
             if repeat >= 2:
-                times[name].append(clock() - start)
-    ratios = [a / b for a, b in zip(times["fp8"], times["bf16"], strict=True)]
+                times[name].append(seconds)
+    pairs = list(zip(times["fp8"], times["bf16"], strict=True))
     return {
         "bench": "fp8_emulation",
         "size": size,
@@ -68,8 +75,9 @@ def measure(size: int, args: argparse.Namespace) -> dict[str, object]:
         "new_weights": args.new_weights,
         "threads": args.threads,
         "clock": args.clock,
-        "ms": {name: round(1e3 * statistics.median(values), 1) for name, values in times.items()},
-        "ratio": round(statistics.median(ratios), 2),
+        "ms": {name: round(1e3 * statistics.median(map(sum, values)), 1) for name, values in times.items()},
+        "ratio": round(statistics.median(sum(fp8) / sum(bf16) for fp8, bf16 in pairs), 2),
+        "forward": round(statistics.median(fp8[0] / bf16[0] for fp8, bf16 in pairs), 2),
         "torch": torch.__version__,
         "load1": round(os.getloadavg()[0], 2),
     }

@@ -153,6 +153,16 @@ def test_decoding(shape: tuple[int, ...], block: BlockShape) -> None:
                 assert torch.equal(alone.dequantize(), expected[index])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_under_the_largest_scale(dtype: torch.dtype) -> None:
+    """2^120, which times 2^8 would overflow."""
+    x = torch.full((1, 128), 3.3e38)
+    x[0, 1:3] = torch.tensor([0.75, -0.15625]) * 2.0**120
+    coded = quantize(x, ROW_TILE, power_of_two=True)
+    assert coded.scales == 2.0**120
+    assert coded.dequantize(dtype)[0, 1:3].tolist() == x[0, 1:3].tolist()
+
+
 def test_turning_tiles_costs_next_to_nothing_with_powers_of_two() -> None:
     """The weight gradient's 128 x 1 tiles from kept 1 x 128 tiles, against tiles from the tensor itself."""
     x = torch.randn(1024, 512, generator=torch.Generator().manual_seed(2))
