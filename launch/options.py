@@ -1,4 +1,4 @@
-"""What the command lines of `python -m launch` share: overrides, options of a measurement, least values."""
+"""What the command lines of `python -m launch` share: overrides, options that several have, least values."""
 
 import argparse
 from collections.abc import Callable
@@ -34,6 +34,20 @@ def add_measurement_options(parser: argparse.ArgumentParser, *, timeout_s: int) 
         default=timeout_s,
         help=f"how long one rank may keep others waiting ({timeout_s})",
     )
+
+
+def add_prediction_options(parser: argparse.ArgumentParser) -> None:
+    """Add what plans and dry runs have, which predict a job: --world-size, --imbalance, --json."""
+    add = parser.add_argument
+    add("--world-size", type=at_least(1, int), metavar="N", help="devices; default: cluster.num_devices")
+    add(
+        "--imbalance",
+        type=at_least(1, float),
+        default=1.0,
+        metavar="X",
+        help="rows of the busiest device over the mean (1)",
+    )
+    add("--json", action="store_true", help="print the whole answer as JSON")
 
 
 def at_least(least: float, kind: Callable[[str], float]) -> Callable[[str], float]:

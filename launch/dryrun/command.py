@@ -22,6 +22,7 @@ from launch.dryrun.everyone import Alike, kinds_of_ranks, run_everyone, total_pa
 from launch.dryrun.job import RankReport, Request
 from launch.dryrun.report import Findings, as_json, as_tables
 from launch.dryrun.shortened import enough_microbatches
+from launch.options import add_prediction_options, at_least, command_parser
 from launch.tables import console
 from model.config import Gemm
 from parallel.config import Engine
@@ -55,28 +56,33 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch dryrun",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser("dryrun", __doc__)
+    add_prediction_options(parser)
+    add = parser.add_argument
+    add("--rank", type=_rank, metavar="R|all", help="default: all that differ")
+    add("--stage", metavar="NAME", help="of the recipe; default: the first")
+    add(
+        "--microbatches",
+        type=at_least(1, int),
+        metavar="N",
+        help="to run; default: the fewest that show the peak",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m train")
-    parser.add_argument("--rank", type=_rank, metavar="R|all", help="default: all that differ")
-    parser.add_argument("--world-size", type=int, metavar="N", help="processes; default: cluster.num_devices")
-    parser.add_argument("--stage", metavar="NAME", help="of the recipe; default: the first")
-    parser.add_argument(
-        "--microbatches", type=int, metavar="N", help="to run; default: the fewest that show the peak"
+    add(
+        "--workers",
+        type=at_least(1, int),
+        default=os.cpu_count(),
+        metavar="N",
+        help="ranks to run at the same time (as many as there are cores)",
     )
-    parser.add_argument(
-        "--imbalance", type=float, default=1.0, help="rows of the busiest process over the mean (default 1)"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="ranks to run at the same time")
-    parser.add_argument("--json", action="store_true", help="print the whole answer as JSON")
     return parser
 
 
 def _rank(text: str) -> int | None:
-    return None if text == "all" else int(text)
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither a rank nor all")
+    return int(text)
 
 
 def request_of(options: argparse.Namespace) -> Request:
@@ -124,12 +130,6 @@ def _problems(config: RunConfig, stage: str) -> Iterator[str]:
 def _option_problems(options: argparse.Namespace, config: RunConfig, world_size: int) -> Iterator[str]:
     if options.rank is not None and not 0 <= options.rank < world_size:
         yield f"--rank={options.rank} must lie in [0, {world_size}); use all, or {world_size - 1}"
-    if options.imbalance < 1:
-        yield f"--imbalance={options.imbalance} must be at least 1, the mean; use 1"
-    if options.microbatches is not None and options.microbatches < 1:
-        yield f"--microbatches={options.microbatches} must be at least 1; use 1"
-    if options.workers < 1:
-        yield f"--workers={options.workers} must be at least 1; use 1"
 
 
 def _microbatch_problems(request: Request, count: int) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from launch.options import add_prediction_options, at_least, command_parser
 from launch.plan.answer import StageAnswer, answer, differences
 from launch.plan.as_json import answer_json, comparisons_json
 from launch.plan.measured import measured_json, measured_table, read_measured
@@ -46,18 +47,11 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m train")
-    parser.add_argument("--layouts", type=int, default=10, metavar="N", help="layouts to show (default 10)")
-    parser.add_argument("--world-size", type=int, metavar="N", help="devices; default: cluster.num_devices")
+    parser = command_parser("plan", __doc__)
+    add_prediction_options(parser)
     parser.add_argument(
-        "--imbalance", type=float, default=1.0, help="rows of the busiest device over the mean (default 1)"
+        "--layouts", type=at_least(1, int), default=10, metavar="N", help="layouts to show (10)"
     )
-    parser.add_argument("--json", action="store_true", help="print the whole answer as JSON")
     parser.add_argument("--metrics", type=Path, metavar="RUN_DIR", help="compare a run with its plan instead")
     parser.add_argument(
         "--published", action="store_true", help="compare published speeds with predictions instead"
@@ -73,9 +67,7 @@ def _plan(out: Console, options: argparse.Namespace) -> None:
         imbalance=options.imbalance,
     )
     longest = max(asked, key=lambda question: question.num_tokens)
-    answers = [
-        answer(question, count=max(1, options.layouts if question is longest else 1)) for question in asked
-    ]
+    answers = [answer(question, count=options.layouts if question is longest else 1) for question in asked]
     main_answer = next(each for each in answers if each.question is longest)
     found = sensitivity(main_answer.best)
     if options.json:

@@ -200,9 +200,7 @@ def test_the_command_prints_tables_that_fit_a_page(capsys: pytest.CaptureFixture
         (["parallel.engine=deepspeed"], "use engine=zero1, or python -m launch plan"),
         (["precision=fp8_te"], "precision.gemm=fp8_te: Transformer Engine needs an accelerator"),
         (["--rank", "1"], "--rank=1 must lie in [0, 1)"),
-        (["--imbalance", "0.5"], "--imbalance=0.5 must be at least 1"),
         (["--world-size", "3", "parallel.pp=2"], "parallel.pp=2 needs a multiple of 2 processes"),
-        (["--microbatches", "0"], "--microbatches=0 must be at least 1"),
     ],
 )
 def test_what_cannot_be_run_dry_is_refused_in_words(arguments: list[str], words: str) -> None:
