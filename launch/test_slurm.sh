@@ -20,4 +20,5 @@ if [ "${#missing[@]}" -gt 0 ]; then
   DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends "${missing[@]}" >/dev/null
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest -m slurm --durations=0 tests/launch/slurm "$@"
+# three tests at a time, since much of each is waiting; each of the workers brings up a cluster of its own
+exec .venv/bin/python -m pytest -m slurm -n 3 --durations=0 tests/launch/slurm "$@"

@@ -9,17 +9,16 @@ from pathlib import Path
 from tests.train.tiny_job import ROOT, overrides
 
 SHAPE = [
-    "stages.pretrain_4k.num_tokens=5120",
+    "stages.pretrain_4k.num_tokens=3840",
     "stages.pretrain_4k.batch={start: 4, end: 4}",
     "stages.pretrain_4k.parallel.microbatch_size=1",
     "stages.extend_32k.batch={start: 4, end: 4}",
     "stages.extend_128k.batch={start: 4, end: 4}",
     "parallel.microbatch_size=1",
     "parallel.ep=2",
-    "checkpoint.every_steps=20",
+    "checkpoint.every_steps=10",
 ]
-"""Batches that two processes can share, and first 80 steps: long enough to be disturbed."""
-
+"""Batches that two processes can share, and first 60 steps: long enough to be disturbed."""
 
 LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SIGNALING")
 
@@ -41,10 +40,21 @@ def slurm(*command: str) -> str:
 def facts(job: str) -> dict[str, str]:
     """Return what Slurm says of a job, such as JobState and Restarts."""
     words = slurm("scontrol", "--oneliner", "show", "job", job).split()
-    return dict(word.partition("=")[::2] for word in words)
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
 
 
-def wait_until(true: Callable[[], bool], what: str, *, seconds: float = 120) -> None:
+def shorten_limit(job: str) -> None:
+    """Set the time limit of a job that runs so that the signal before it is due when Slurm looks next.
+
+    Slurm looks every 30 s whether a signal will be due before it looks again, and limits are whole minutes:
+    a job whose `--signal-before` is 59 is left 31 to 90 s.
+    """
+    hours, minutes, seconds = map(int, facts(job)["RunTime"].split(":"))
+    ran = 3600 * hours + 60 * minutes + seconds
+    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={(ran + 30) // 60 + 1}")
+
+
+def wait_until(true: Callable[[], bool], what: str, *, seconds: float = 180) -> None:
     """Return as soon as `true` is; TimeoutError after so long."""
     deadline = time.monotonic() + seconds
     while not true():
@@ -55,7 +65,7 @@ def wait_until(true: Callable[[], bool], what: str, *, seconds: float = 120) -> 
 
 def ended(job: str) -> str:
     """Return the state of a job when it has ended."""
-    wait_until(lambda: facts(job)["JobState"] not in LIVING, f"job {job} ends", seconds=180)
+    wait_until(lambda: facts(job)["JobState"] not in LIVING, f"job {job} ends", seconds=300)
     return facts(job)["JobState"]
 
 
