@@ -109,7 +109,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight_OD = ctx.saved_tensors
         num_outputs, width = weight_OD.shape
-        dout_TO, x_TD = grads[0].reshape(-1, num_outputs), x.reshape(-1, width)
+        # detached: what waits for the weight's gradient must not keep the graph that x came from
+        dout_TO, x_TD = grads[0].reshape(-1, num_outputs), x.detach().reshape(-1, width)
         dx = (dout_TO @ weight_OD).view(x.shape) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None

@@ -107,6 +107,7 @@ class _GroupedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x_RD, w_EOD, ends_E = ctx.saved_tensors
+        x_RD = x_RD.detach()  # what waits for the weight's gradient must not keep the graph that x came from
         dout_RO = grads[0].contiguous()
         dx_RD = F.grouped_mm(dout_RO, w_EOD, offs=ends_E)
         put_off = ctx.later(ctx.weight)
@@ -219,6 +220,7 @@ class _ExpertFFN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, w1_EID, w3_EID, w2_EDI, gate_XI, up_XI, weights_X1 = ctx.saved_tensors
+        rows_RD = rows_RD.detach()  # as above
         windows: list[_Window] = ctx.windows
         put_off = ctx.later(*ctx.weights)
         dout_RD = grads[0].contiguous()

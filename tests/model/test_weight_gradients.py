@@ -1,7 +1,9 @@
 """Weight gradients put off: the same to the last bit, whatever is recomputed and whenever they are run."""
 
 import gc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +187,31 @@ def test_what_was_put_off_is_freed(recompute: Recompute):
         assert held == sorted(held, reverse=True)
     finally:
         gc.enable()
+
+
+def graph_behind(x: Tensor) -> weakref.ref[Any]:
+    """Return a reference to something that lives as long as the graph that x came from."""
+    node: Any = x.grad_fn
+    token = node.metadata["token"] = torch.empty(0)
+    return weakref.ref(token)
+
+
+def test_products_that_wait_keep_no_graph():
+    """It may hold gradients that were collected on the way, in a pipeline more than the factors are."""
+    weight_gradients, counts = WeightGradients(), [64, 0, 70]
+    leaf, weights_R = torch.randn(134, 8, requires_grad=True), torch.rand(134)
+    w, w1, w3, w2 = (torch.randn(*s, requires_grad=True) for s in [(6, 8), (3, 4, 8), (3, 4, 8), (3, 8, 4)])
+    for function in (
+        lambda x: weight_gradients.linear(x, w),
+        lambda x: weight_gradients.expert_ffn(x, w1, w3, w2, counts, weights_R),
+    ):
+        x = 2 * leaf
+        graph = graph_behind(x)
+        with weight_gradients.put_off() as work:
+            function(x).sum().backward()
+        del x
+        assert work
+        assert graph() is None
 
 
 def test_products_that_were_replaced_are_kept():
