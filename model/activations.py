@@ -35,7 +35,8 @@ Where work is spread over devices, `Spread` says how. What one device gathers fr
 exchange is repeated: the latents, the input of dense and shared networks, the rows of routed experts.
 
 The figures are those of the CPU's kernels, which in the compute type fill the rows of each expert up to a
-multiple of 64 (the mean of that is counted by microbatch). Not counted: what zero-bubble schedules put off.
+multiple of 64 (the mean of that is counted by microbatch). What is left of a microbatch while its weight
+gradients are put off is in model/put_off.py.
 """
 
 from collections.abc import Iterable

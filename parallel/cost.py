@@ -1,4 +1,4 @@
-"""Memory of a rank in closed form: weights, gradients, optimizer state. Imports no torch.
+"""Memory of a rank in closed form: weights and their FP8 codes, gradients, optimizer state. Imports no torch.
 
 A rank holds the layers of its pipeline stages. Of each weight it holds what parallel/sharding.py says, and
 its optimizer state is cut once more over the processes that sum the gradient (ZeRO, arXiv 1910.02054):
@@ -11,13 +11,22 @@ its optimizer state is cut once more over the processes that sum the gradient (Z
 
 zero1 keeps gradients whole in FP32; its FP32 weights are their own masters. The deepspeed engine keeps a
 master of every weight; stage 2 cuts gradients too, stage 3 also the weights, of which it keeps head, norms
-and gates whole beside their shards, and one bucket for gradients on their way. Left out: activations, buffers
-that live for one collective, and the padding of flat buffers (less than 64 elements a weight).
+and gates whole beside their shards, and one bucket for gradients on their way.
+
+Where products are FP8, a step makes codes of every weight inside the blocks at its first use and keeps them
+to its end (model/fp8.py): a byte a weight, and four bytes for each block of 128 x 128. The reference keeps
+them once, the Triton kernels also transposed, as FP8 tensor cores read along rows alone; Transformer Engine
+caches both for the same reason and as long, and what it may add is not counted. They are of what this rank
+multiplies by, so of whole weights under stage 3 as well.
+
+Left out: activations, buffers that live for one collective, and the padding of flat buffers (less than 64
+elements a weight).
 """
 
 from dataclasses import dataclass
 
-from model.config import Compute, ModelConfig
+from model.activations import FP8_TILE
+from model.config import Compute, Gemm, ModelConfig
 from model.cost import (
     FP32_BYTES,
     Parts,
@@ -32,11 +41,13 @@ from parallel.placement import assign_layers, count_stages, rank_of_stage, stage
 
 DEEPSPEED_BUCKET_ELEMENTS = 1 << 26
 """Gradients that the deepspeed engine sums at a time."""
+_CODED_COPIES = {Gemm.compute: 0, Gemm.fp8_reference: 1, Gemm.fp8_triton: 2, Gemm.fp8_te: 2}
+"""How often the codes of a weight are kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankMemory:
-    """Bytes that one rank keeps between steps, on its device but for `offloaded`."""
+    """Bytes that one rank keeps all the time, on its device but for `offloaded`; codes not between steps."""
 
     parameters: int
     """Weights as the forward pass reads them, router biases included."""
@@ -45,13 +56,15 @@ class RankMemory:
     """Moments, and masters that are not the weights themselves."""
     buffers: int = 0
     """What the engine keeps for its collectives."""
+    codes: int = 0
+    """Weights as FP8 products read them, from their first use in a step to its end."""
     offloaded: int = 0
     """Optimizer state in the host's memory."""
 
     @property
     def total(self) -> int:
         """Return the bytes on the device."""
-        return self.parameters + self.gradients + self.optimizer + self.buffers
+        return self.parameters + self.gradients + self.optimizer + self.buffers + self.codes
 
 
 def rank_memory(
@@ -63,6 +76,7 @@ def rank_memory(
     moment_bytes: int,
     pp_rank: int,
     seq_len: int,
+    gemm: Gemm = Gemm.compute,
 ) -> RankMemory:
     """Return what a rank keeps; all ranks of one pipeline rank keep as much.
 
@@ -74,6 +88,7 @@ def rank_memory(
         moment_bytes: bytes of an element of each of AdamW's two moments.
         pp_rank: the pipeline rank.
         seq_len: tokens of a sequence, which decide how layers are placed.
+        gemm: what multiplies inside the blocks.
     """
     rank = _rank(model, parallel, pp_rank=pp_rank, seq_len=seq_len)
     kinds = _held(model, rank, layout, width=element_bytes(compute))
@@ -90,6 +105,7 @@ def rank_memory(
         gradients=FP32_BYTES * sum(kind.shard if sharded_gradients else kind.count for kind in kinds),
         optimizer=0 if on_host else state,
         buffers=FP32_BYTES * DEEPSPEED_BUCKET_ELEMENTS if sharded_weights else 0,
+        codes=_CODED_COPIES[gemm] * _codes(model, rank, layout),
         offloaded=state if on_host else 0,
     )
 
@@ -146,6 +162,14 @@ class _Kind:
 def _kept_whole(parts: Parts, layout: Layout, *, width: int) -> int:
     """Return the bytes of the weights that stage 3 keeps whole: those used outside a module's own forward."""
     return width * (parts.head // layout.tp) + FP32_BYTES * (parts.norms + parts.gate)
+
+
+def _codes(model: ModelConfig, rank: _Rank, layout: Layout) -> int:
+    """Return the bytes of one set of codes of all weights that multiply inside blocks, scales included."""
+    parts, down = rank.parts, rank.num_blocks * down_projections(model)
+    split = parts.attention - down + parts.dense_ffn + parts.shared_experts
+    weights = split // layout.tp + down + parts.routed_experts // layout.ep
+    return weights + FP32_BYTES * weights // FP8_TILE**2
 
 
 def _held(model: ModelConfig, rank: _Rank, layout: Layout, *, width: int) -> list[_Kind]:

@@ -83,7 +83,7 @@ class RankUse:
 
     state: RankMemory
     activations: float
-    """Of all microbatches that are held at once."""
+    """Of all microbatches that are held at once, factors of weight gradients that are put off among them."""
     recomputed: float
     """What recomputing one block brings back."""
 
@@ -154,7 +154,7 @@ class Plan:
 
     @cached_property
     def state(self) -> list[RankMemory]:
-        """Return weights, gradients and optimizer state of each pipeline rank's devices."""
+        """Return weights and codes, gradients and optimizer state of each pipeline rank's devices."""
         p = self.parallel
         places = [self.stages.on_rank(rank) for rank in range(self.layout.pp)]
         alike = (p.tp, p.ep, p.dp_replicate, p.engine, p.zero_stage, p.offload)
@@ -174,6 +174,7 @@ class Plan:
                 moment_bytes=task.moment_bytes,
                 pp_rank=pp_rank,
                 seq_len=task.seq_len,
+                gemm=task.precision.gemm,
             )
             for pp_rank in range(self.layout.pp)
         ]

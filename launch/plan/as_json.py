@@ -56,6 +56,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "memory_bytes": [
             {
                 "weights": use.state.parameters,
+                "codes": use.state.codes,
                 "gradients": use.state.gradients,
                 "optimizer": use.state.optimizer,
                 "buffers": use.state.buffers,

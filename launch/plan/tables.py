@@ -51,11 +51,11 @@ def memory(plan: Plan, title: str) -> Table:
     table = new_table(
         f"memory of a device, GB: {title}",
         left=("pipeline rank", "layers"),
-        right=("weights", "gradients", "optimizer", "activations", "recomputed", "total"),
+        right=("weights", "codes", "gradients", "optimizer", "activations", "recomputed", "total"),
     )
     for rank, use in enumerate(plan.memory):
         state = use.state
-        figures = (state.parameters, state.gradients, state.optimizer + state.buffers)
+        figures = (state.parameters, state.codes, state.gradients, state.optimizer + state.buffers)
         table.add_row(
             str(rank),
             _spans(plan.stages.layers_of(rank)),

@@ -6,7 +6,7 @@ from math import prod
 import pytest
 import torch
 
-from model.config import Compute, ModelConfig
+from model.config import Compute, Gemm, ModelConfig, PrecisionConfig
 from model.cost import (
     gradient_bytes,
     mtp_parameters,
@@ -14,6 +14,7 @@ from model.cost import (
     parameter_bytes,
     parameters,
 )
+from model.fp8 import Fp8Policy, install_fp8
 from model.transformer import Part, Transformer
 from parallel.checks import layout_of
 from parallel.config import Engine, Offload, ParallelConfig, Schedule
@@ -21,6 +22,7 @@ from parallel.cost import RankMemory, rank_memory
 from parallel.layout import Layout, axis_groups, coordinates, end_groups
 from parallel.placement import assign_layers, count_stages
 from parallel.sharding import Split, split_of
+from tests.model.live_bytes import LiveBytes
 from tests.model.small import small
 
 # Sizes that every degree below divides, so that no shard is rounded up.
@@ -127,6 +129,42 @@ def test_every_rank_holds_what_its_parameters_take(world_size, parallel, mtp, co
         pp_rank = coordinates(layout.dense_axes, rank)["pp"]
         expected = enumerated(model, parallel, layout, rank, compute)
         assert memory(model, parallel, world_size, pp_rank, compute=compute) == expected
+
+
+def is_coded(name: str) -> bool:
+    """Return whether a weight is multiplied in FP8: all matrices inside blocks but the gate."""
+    return (".attn." in name or ".ffn." in name) and "norm" not in name and ".gate." not in name
+
+
+@pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_codes_are_of_what_a_rank_multiplies_by(world_size, parallel):
+    layout = layout_of(parallel, world_size)
+    for pp_rank in range(parallel.pp):
+        weights = 0
+        for name, tensor in weights_of(MODEL, parallel, pp_rank, Compute.bf16).items():
+            cut = {Split.experts: layout.ep, Split.whole: 1}.get(split_of(name), layout.tp)
+            weights += prod(tensor.shape) // cut if is_coded(name) else 0
+        one_copy = weights + 4 * weights // 128**2
+        for gemm, copies in ((Gemm.compute, 0), (Gemm.fp8_reference, 1), (Gemm.fp8_triton, 2)):
+            assert memory(MODEL, parallel, world_size, pp_rank, gemm=gemm).codes == copies * one_copy
+
+
+def test_codes_are_those_that_a_step_makes():
+    """But for the scales of blocks at the edges; whatever ZeRO cuts, products are of whole weights."""
+    model, policy = Transformer(MODEL, compute=Compute.bf16), Fp8Policy(PrecisionConfig())
+    install_fp8(model, policy)
+    with LiveBytes() as live:
+        output = model(torch.zeros(1, 2, 8, dtype=torch.int64), torch.arange(8)[None])
+        del output
+    live.forget(*model.parameters(), *model.buffers())
+    made = live.num_bytes
+    policy.weights.forget()
+    assert live.num_bytes == 0
+    held = memory(MODEL, ParallelConfig(), 1, 0, gemm=Gemm.fp8_reference)
+    assert held.codes == pytest.approx(made, rel=0.01)
+    assert held.total == memory(MODEL, ParallelConfig(), 1, 0).total + held.codes
+    stage_3 = ParallelConfig(engine=Engine.deepspeed, zero_stage=3)
+    assert memory(MODEL, stage_3, 4, 0, gemm=Gemm.fp8_reference).codes == held.codes
 
 
 def test_one_process_holds_the_model():

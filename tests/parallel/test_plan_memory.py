@@ -38,7 +38,9 @@ MODEL = ModelConfig(
     ),
     moe=MoEConfig(num_experts=8, top_k=2, intermediate_size=64, num_groups=2, top_k_groups=1),
 )
-DUALPIPEV, ZBV, INTERLEAVED, GPIPE = (Schedule(name) for name in ("dualpipev", "zbv", "interleaved", "gpipe"))
+DUALPIPEV, ZBV, INTERLEAVED, INTERLEAVED_ZB, GPIPE = (
+    Schedule(name) for name in ("dualpipev", "zbv", "interleaved", "interleaved_zb", "gpipe")
+)
 FULL, CORE, DEEPSEEK = Recompute.full, Recompute.core, Recompute.deepseek
 LAYOUTS = [
     ParallelConfig(),
@@ -55,6 +57,9 @@ LAYOUTS = [
     ParallelConfig(pp=2, ep=2, schedule=DUALPIPEV, recompute=DEEPSEEK),
     ParallelConfig(pp=2, ep=2, schedule=ZBV, recompute=CORE),
     ParallelConfig(pp=4, ep=1, schedule=INTERLEAVED, recompute=FULL),
+    ParallelConfig(pp=2, ep=2, schedule=INTERLEAVED_ZB, recompute=DEEPSEEK),
+    ParallelConfig(pp=2, ep=2, microbatch_size=2, schedule=ZBV, recompute=FULL),
+    ParallelConfig(pp=2, ep=2, microbatch_size=2, schedule=DUALPIPEV),
 ]
 
 
@@ -137,6 +142,6 @@ def test_layouts_rank_by_memory_as_they_do_when_run():
         and (measured[i] < measured[j]) != (planned[i] < planned[j])
     ]
     assert wrong == []
-    # what is left out are temporary tensors: of one operation, or of a weight gradient that is put off
+    # what is left out are temporary tensors, and hidden states on their way between stages
     ratios = [plan / run for plan, run in zip(planned, measured, strict=True)]
-    assert all(0.8 < ratio < 1.05 for ratio in ratios), ratios
+    assert all(0.85 < ratio < 1.05 for ratio in ratios), ratios

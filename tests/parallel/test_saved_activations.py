@@ -1,4 +1,8 @@
-"""The closed form of saved activations on several processes: what each gathers or is sent, it keeps."""
+"""The closed forms of activations on several processes: what each gathers or is sent, it keeps.
+
+Until the backward pass (`model.activations`), and after it until weight gradients that are put off are
+computed (`model.put_off`).
+"""
 
 import time
 from dataclasses import dataclass
@@ -8,11 +12,13 @@ import torch
 import torch._dynamo  # torch's checkpoint imports it at its first use, here once before processes fork
 from torch import Tensor
 
-from model.activations import Spread, microbatch_saved_bytes
+from model.activations import FP8_TILE, Spread, microbatch_saved_bytes
 from model.config import Compute, Gemm, PrecisionConfig, Recompute
 from model.fp8 import Fp8Policy, install_fp8
 from model.kernels.grouped_gemm import WINDOW_MULTIPLE
+from model.put_off import microbatch_put_off_bytes
 from model.transformer import Transformer, whole
+from model.weight_gradients import WeightGradients, install
 from parallel.apply import parallelize
 from parallel.config import ParallelConfig
 from parallel.context import split_context
@@ -67,8 +73,32 @@ def filling(load_LE: Tensor) -> int:
     return rows * (2 * 2 * CONFIG.moe.intermediate_size + 4)
 
 
-def measure(rank: int, case: Case) -> int:
-    """Return the bytes that the graph of all layers holds, without the last norm and the filling of rows."""
+def padding(load_LE: Tensor, *, fp8: bool) -> int:
+    """Return the bytes of factors of weight gradients in rows beyond those of experts.
+
+    Where products are FP8, all rows are filled up to multiples of 128. Otherwise the intermediate ones are,
+    to 64, and input and output gradient of the last windows are copies, if these reach beyond all rows.
+    """
+    hidden, width, total = CONFIG.hidden_size, CONFIG.moe.intermediate_size, 0.0
+    for counts in load_LE.tolist():
+        if fp8:
+            row = hidden + 4 * -(-hidden // FP8_TILE) + (3 * width + hidden) * (1 + 4 / FP8_TILE)
+            total += row * sum(-count % FP8_TILE for count in counts)
+            continue
+        start = 0
+        for count in counts:
+            window = count + -count % WINDOW_MULTIPLE
+            total += 2 * 3 * width * (window - count)
+            total += 2 * 2 * hidden * window if count and start + window > sum(counts) else 0
+            start += count
+    return round(total)
+
+
+def measure(rank: int, case: Case) -> tuple[int, int]:
+    """Return the bytes that the graph of all layers holds, without the last norm and the filling of rows.
+
+    And those that wait for weight gradients after a backward pass that puts them off.
+    """
     layout = LAYOUTS[case.layout]
     mesh = build_mesh(layout, rank=rank)
     part = whole(CONFIG)
@@ -82,12 +112,17 @@ def measure(rank: int, case: Case) -> int:
         compute=Compute.bf16,
     )
     parallelize(model, mesh, ParallelConfig(recompute=case.recompute), fp8_dispatch=case.fp8)
-    made_before: list[Tensor] = []
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+        parameter.grad = torch.zeros(parameter.shape)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    made_before, weight_gradients = gradients, WeightGradients()
     if case.fp8:
         policy = Fp8Policy(PrecisionConfig(gemm=Gemm.fp8_reference))
-        install_fp8(model, policy)
+        install_fp8(model, policy, weight_gradients)
         codes = [policy.weights.codes(w, power_of_two=False) for w in coded_weights(model)]
-        made_before = [tensor for code in codes for tensor in (code.codes, code.scales)]
+        made_before += [tensor for code in codes for tensor in (code.codes, code.scales)]
+    install(model, weight_gradients)
     generator = torch.Generator().manual_seed(0)
     tokens_BKS = torch.randint(64, (B, 1, S), generator=generator)
     tokens_BKS = split_context(tokens_BKS, dim=2, group=mesh.cp)
@@ -100,18 +135,29 @@ def measure(rank: int, case: Case) -> int:
     live.forget(*model.parameters(), *model.buffers(), *made_before)
     load_LE = mesh.ep.all_reduce(output.load_LE.clone()).chunk(mesh.ep.size, 1)[mesh.ep.rank]
     fills = not case.fp8 and case.recompute is not Recompute.full
-    return live.num_bytes - last_norm - (filling(load_LE) if fills else 0)
+    saved = live.num_bytes - last_norm - (filling(load_LE) if fills else 0)
+    hidden_BSD = output.hidden_KBSD[0]
+    del output
+    gradient_BSD = torch.ones_like(hidden_BSD)
+    with live, weight_gradients.put_off() as work:
+        hidden_BSD.backward(gradient_BSD)
+    del hidden_BSD
+    time.sleep(GLOO_S)
+    live.forget(gradient_BSD, *model.parameters(), *gradients)
+    assert len(work) > 10
+    return saved, live.num_bytes - padding(load_LE, fp8=case.fp8)
 
 
-def measure_all(rank: int) -> list[int]:
+def measure_all(rank: int) -> list[tuple[int, int]]:
     return [measure(rank, case) for case in CASES]
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[Case, float]:
-    """Return the mean over processes: the experts of one have more rows than those of another."""
-    of_rank = run_ranks(2, measure_all)
-    return dict(zip(CASES, (sum(values) / 2 for values in zip(*of_rank, strict=True)), strict=True))
+def measured() -> dict[Case, tuple[float, float]]:
+    """Return the means over processes: the experts of one have more rows than those of another."""
+    of_case = zip(*run_ranks(2, measure_all), strict=True)
+    means = [tuple(sum(values) / 2 for values in zip(*of_ranks, strict=True)) for of_ranks in of_case]
+    return {case: (saved, put_off) for case, (saved, put_off) in zip(CASES, means, strict=True)}
 
 
 def spread(case: Case) -> Spread:
@@ -124,7 +170,9 @@ def spread(case: Case) -> Spread:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_closed_form_holds_on_several_processes(case: Case, measured: dict[Case, float]) -> None:
+def test_the_closed_form_holds_on_several_processes(
+    case: Case, measured: dict[Case, tuple[float, float]]
+) -> None:
     predicted = microbatch_saved_bytes(
         CONFIG,
         **FIRST,
@@ -134,4 +182,21 @@ def test_the_closed_form_holds_on_several_processes(case: Case, measured: dict[C
         gemm=Gemm.fp8_reference if case.fp8 else Gemm.compute,
         spread=spread(case),
     )
-    assert predicted == pytest.approx(measured[case], rel=0.02)
+    assert predicted == pytest.approx(measured[case][0], rel=0.02)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_waits_for_weight_gradients_on_several_processes(
+    case: Case, measured: dict[Case, tuple[float, float]]
+) -> None:
+    """Whatever is recomputed: within 0.2 %, as codes 0.7 %, where tiles of 128 rows end inside the tokens."""
+    predicted = microbatch_put_off_bytes(
+        CONFIG,
+        layers=FIRST["layers"],
+        last=False,
+        tokens=B * S // LAYOUTS[case.layout].cp,
+        compute=Compute.bf16,
+        gemm=Gemm.fp8_reference if case.fp8 else Gemm.compute,
+        spread=spread(case),
+    )
+    assert predicted == pytest.approx(measured[case][1], rel=0.007 if case.fp8 else 0.002)
