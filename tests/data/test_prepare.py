@@ -163,12 +163,22 @@ def test_a_part_that_was_being_written_is_made_again(source: Path, prepared: Pat
     assert digests(out) == digests(prepared)
 
 
+def from_a_terminal() -> None:
+    """Undo what a shell does to its background jobs, and whatever they start: Ctrl-C is ignored there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_from_the_keyboard_ends_all_processes_at_once(tmp_path: Path) -> None:
     folder = write_source(tmp_path / "source", count=2000, repeat=150)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "data.prepare", str(folder), "--out", str(out), "--workers", "1"]
     process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=from_a_terminal,
     )
     wait_for_parts(out, process, count=1)
     workers_alive = children(process.pid)

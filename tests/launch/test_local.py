@@ -86,6 +86,7 @@ def test_a_terminal_that_is_closed_ends_the_job_unless_it_was_started_with_nohup
             super().__init__([], num_processes=1, logs=tmp_path)
             self._command = ["sleep", "60"]
 
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     with Sleeping() as job:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP)).start()
         assert job.run() == 128 + signal.SIGHUP
@@ -93,7 +94,7 @@ def test_a_terminal_that_is_closed_ends_the_job_unless_it_was_started_with_nohup
     with Sleeping() as job:
         os.kill(os.getpid(), signal.SIGHUP)  # before there is anything to end
         assert job.run() == 128 + signal.SIGHUP
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Sleeping():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     signal.signal(signal.SIGHUP, before)
