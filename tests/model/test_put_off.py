@@ -18,20 +18,9 @@ from model.weight_gradients import WeightGradients, Work, install
 from tests.model.live_bytes import LiveBytes
 from tests.model.oracle import randomize
 from tests.model.small import small
-from tests.model.test_activations import coded_weights
+from tests.model.test_activations import WIDTHS, coded_weights
 
 B, S = 2, 128
-WIDTHS: dict[str, object] = {
-    "hidden_size": 160,
-    "dense_intermediate_size": 272,
-    "intermediate_size": 140,
-    "q_lora_rank": 48,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "num_experts": 4,
-    "num_groups": 2,
-}
 SHAPES: dict[str, Callable[[], ModelConfig]] = {
     "V3's": lambda: small(**WIDTHS, num_heads=4, num_mtp_layers=1),
     "two depths": lambda: small(**WIDTHS, num_layers=2, num_mtp_layers=2, top_k=3),
