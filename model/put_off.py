@@ -41,21 +41,6 @@ from model.config import Compute, Gemm, ModelConfig
 from model.cost import FP32_BYTES, element_bytes
 
 
-def put_off_bytes_per_token(
-    config: ModelConfig, *, layer: int, compute: Compute, gemm: Gemm, spread: Spread = ONE_DEVICE
-) -> float:
-    """Return the bytes of a token that wait for the weight gradients of one decoder layer, from 0."""
-    factors = _Factors(config, element_bytes(compute), gemm is not Gemm.compute, spread)
-    return factors.block(dense=layer < config.num_dense_layers)
-
-
-def mtp_put_off_bytes_per_token(
-    config: ModelConfig, *, compute: Compute, gemm: Gemm, spread: Spread = ONE_DEVICE
-) -> float:
-    """Return the bytes of a token that wait for the weight gradients of one MTP module."""
-    return _Factors(config, element_bytes(compute), gemm is not Gemm.compute, spread).mtp_module()
-
-
 def microbatch_put_off_bytes(
     config: ModelConfig,
     *,
