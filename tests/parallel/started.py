@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,17 @@ class Started:
     def __init__(self, folder: Path, environments: list[dict[str, str]], main: Callable[[], None]) -> None:
         self.folder = folder
         context = multiprocessing.get_context("fork")
+        # The store's thread in this process asks who it is that connects, under a lock of the C library.
+        # A process forked meanwhile gets the lock held, for ever: none may connect before all are there.
+        forked = context.Event()
         self.processes = [
-            context.Process(target=_run, args=(folder / str(index), environment, main), daemon=True)
+            context.Process(target=_run, args=(folder / str(index), environment, forked, main), daemon=True)
             for index, environment in enumerate(environments)
         ]
         with uncollected():
             for process in self.processes:
                 process.start()
+        forked.set()
 
     def wait_for(self, text: str, *, ranks: list[int], within_s: float = 30) -> None:
         """Return when each of `ranks` has printed `text`."""
@@ -108,8 +113,10 @@ def started(
 
 
 def launcher_store() -> dist.TCPStore:
-    """Return the store that a launcher would keep."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    """Return the store that a launcher would keep, when its thread has let this process in and waits."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("launched", "")
+    return store
 
 
 def free_port() -> int:
@@ -119,7 +126,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _run(output: Path, environment: dict[str, str], main: Callable[[], None]) -> None:
+def _run(output: Path, environment: dict[str, str], forked: Event, main: Callable[[], None]) -> None:
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -127,6 +134,7 @@ def _run(output: Path, environment: dict[str, str], main: Callable[[], None]) ->
     os.environ |= environment
     faulthandler.dump_traceback_later(STUCK_S, file=sys.stderr)  # into what `wait_for` shows when it gives up
     torch.set_num_threads(1)
+    forked.wait()
     code: Any = 0
     try:
         main()
