@@ -1,8 +1,9 @@
 """Every layout of a task that could run: degrees, schedule, dispatcher, recomputation, microbatch size.
 
-`parallel.checks.layout_problems` says what is legal. Asking it about every combination would take minutes,
-most of which its sentences take; so combinations that arithmetic excludes are never built, and what is left
-is all legal, which tests/parallel/test_search.py holds. Imports no torch.
+`parallel.checks.layout_problems` says what is legal, and parallel/backend_rules.py of FP8. Asking the first
+about every combination would take minutes, most of which its sentences take; so combinations that arithmetic
+excludes are never built, and what is left is all legal, which tests/parallel/test_search.py holds. Imports no
+torch.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from itertools import product
 from math import gcd
 
 from model.config import Recompute
+from parallel.backend_rules import backend_problems
 from parallel.checks import split_over_tp
 from parallel.config import Context, Dispatcher, Engine, ParallelConfig, Schedule
 from parallel.nearest import divisors
@@ -91,6 +93,7 @@ def _degrees_fit(task: Task, base: ParallelConfig, *, pp: int, tp: int, cp: int,
         and (task.world_size <= node_size or node_size % tp == 0)
         and task.seq_len % pieces == 0
         and not (base.engine is Engine.deepspeed and base.zero_stage > 1 and pp > 1)
+        and not backend_problems(task.precision, replace(base, tp=tp), task.model, path="parallel")
     )
 
 

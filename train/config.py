@@ -161,6 +161,13 @@ class Moments(StrEnum):
     fp32 = "fp32"
 
 
+class AdamKernel(StrEnum):
+    """What computes an update: the same formula, the same state, so that a run may change it anywhere."""
+
+    torch = "torch"  # anywhere; BF16 moments are widened, updated and rounded in chunks
+    transformer_engine = "transformer_engine"  # a GPU; the kernel of its FusedAdam, which takes BF16 moments
+
+
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101) on FP32 master weights."""
@@ -171,6 +178,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # on matrices only: not on norms, not on biases
     max_grad_norm: float = 1.0
     moments: Moments = Moments.bf16
+    kernel: AdamKernel = AdamKernel.torch
     lr_multipliers: dict[str, float] = field(
         default_factory=dict
     )  # glob over parameter names -> factor, first match

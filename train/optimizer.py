@@ -1,16 +1,11 @@
 """AdamW (arXiv 1711.05101) on the flat FP32 masters of a `Zero1` engine, with FP32 or BF16 moments.
 
-Each process updates the range of every bucket that it owns, and keeps moments for that range alone.
-
-DeepSeek-V3 keeps masters and gradients in FP32 and both moments in BF16 (arXiv 2412.19437, section
-3.3.3). The arithmetic is FP32 either way: the update walks each bucket in chunks, widens a chunk of the
-moments, lets torch's fused AdamW update it, rounds it back and writes the new parameters in the compute
-type, so temporaries are two chunks whatever the model's size and every tensor is read once.
+Each process updates the range of every bucket that it owns, and keeps moments for that range alone. The
+arithmetic is in train/adamw.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +13,8 @@ from torch import Tensor, nn
 from parallel.bucket import ParameterRule
 from parallel.pieces import Holding
 from parallel.zero1 import Zero1
+from train.adamw import FlatState, update_flat
 from train.config import Moments, OptimizerConfig
-
-CPU_CHUNK = 1 << 18
-"""Elements updated together on a CPU: a chunk's working set of 6 MiB stays in cache between the passes."""
-
-_ACCELERATOR_CHUNK = 1 << 24
-"""Elements updated together elsewhere: enough that a kernel outlasts its launch."""
 
 
 def parameter_rule(config: OptimizerConfig) -> Callable[[str, nn.Parameter], ParameterRule]:
@@ -52,15 +42,6 @@ def clip_grad_norm(engine: Zero1, *, max_norm: float, loss_scale: float = 1.0) -
     clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     engine.scale_grad(clip / loss_scale)
     return norm
-
-
-class FlatState(NamedTuple):
-    """FP32 weights with their FP32 gradient and FP32 or BF16 moments, flat, of one length."""
-
-    weights: Tensor
-    gradient: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
 
 
 class AdamW:
@@ -110,43 +91,3 @@ class AdamW:
         """Return both moments by parameter, as views; who loads into them sets `num_updates` as well."""
         first = self._engine.stored(self._exp_avg, name="{}.exp_avg")
         return first | self._engine.stored(self._exp_avg_sq, name="{}.exp_avg_sq")
-
-
-def update_flat(
-    flats: FlatState, config: OptimizerConfig, *, num_updates: int, lr: float, decay: bool
-) -> Iterator[slice]:
-    """Update a flat tensor chunk by chunk; yield each chunk when it is done.
-
-    Args:
-        flats: the FP32 weights, their FP32 gradient, and the moments, all of one length.
-        config: rates of the moments, epsilon, weight decay.
-        num_updates: updates since the moments began, this one included.
-        lr: the learning rate of these weights.
-        decay: whether weight decay applies to them.
-    """
-    device = flats.weights.device
-    count = torch.tensor(float(num_updates), device=device)
-    size = CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
-    for start in range(0, flats.weights.numel(), size):
-        chunk = slice(start, start + size)
-        exp_avg, exp_avg_sq = flats.exp_avg[chunk], flats.exp_avg_sq[chunk]
-        wide_avg, wide_avg_sq = exp_avg.float(), exp_avg_sq.float()  # the moments themselves if FP32
-        torch._fused_adamw_(
-            [flats.weights[chunk]],
-            [flats.gradient[chunk]],
-            [wide_avg],
-            [wide_avg_sq],
-            [],
-            [count],
-            lr=lr,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            weight_decay=config.weight_decay if decay else 0.0,
-            eps=config.eps,
-            amsgrad=False,
-            maximize=False,
-        )
-        if wide_avg is not exp_avg:
-            exp_avg.copy_(wide_avg)
-            exp_avg_sq.copy_(wide_avg_sq)
-        yield chunk

@@ -16,9 +16,9 @@ from train.build import pick_device
 from train.config import RunConfig
 from train.evaluation.stages import evaluate_stage
 from train.job import Job
+from train.machine import find_machine
 from train.report import write_report
 from train.reporting.summary import closing_table
-from train.requirements import find_machine
 from train.run_lock import only_process
 from train.signals import StopRequest
 from train.team import Team, assemble
@@ -28,7 +28,7 @@ from train.validate import check
 def run(config: RunConfig) -> None:
     """Run every part of the job that is not done yet; RunError or DataError for what people can mend."""
     _, world_size, local_rank = processes_of_environment(os.environ)
-    machine = find_machine(config.precision.gemm, device=config.device)
+    machine = find_machine(config.precision.gemm, config.optimizer.kernel, device=config.device)
     check(config, world_size=world_size, machine=machine)
     keep_freed_memory()
     run_dir = Path(config.root) / config.name

@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
+from parallel.backend_rules import backend_problems
 from parallel.checks import layout_problems
 from parallel.config import ParallelConfig
 from train.config import BatchConfig, RunConfig, StageConfig
 from train.errors import RunError
-from train.requirements import Machine, backend_problems, machine_problems
+from train.machine import Machine
+from train.requirements import kernel_problems, machine_problems
 from train.stages import source_weights
 
 
@@ -19,7 +21,7 @@ def check(config: RunConfig, *, world_size: int = 1, machine: Machine | None = N
     """
     found = problems(config, world_size=world_size)
     if machine is not None:
-        found += machine_problems(config.precision, machine)
+        found += machine_problems(config.precision, machine) + kernel_problems(config.optimizer, machine)
     if found:
         noun = "problem" if len(found) == 1 else "problems"
         raise RunError(

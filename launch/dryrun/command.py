@@ -29,7 +29,7 @@ from parallel.config import Engine
 from parallel.layout import coordinates
 from parallel.pipeline.rules import schedule_problems
 from parallel.rates import GIGA
-from train.config import RunConfig
+from train.config import AdamKernel, RunConfig
 from train.config_store import compose_run
 from train.errors import RunError
 from train.validate import check
@@ -124,6 +124,11 @@ def _problems(config: RunConfig, stage: str) -> Iterator[str]:
         yield (
             "precision.gemm=fp8_te: Transformer Engine needs an accelerator even to be imported; use "
             "precision=fp8_triton, which keeps the same tensors in FP8"
+        )
+    if config.optimizer.kernel is AdamKernel.transformer_engine:
+        yield (
+            "optimizer.kernel=transformer_engine: it needs an accelerator even to be imported; use "
+            "optimizer.kernel=torch, whose state is the same"
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from model.kernels import blocks, cross_entropy, fp8
-from train import optimizer
+from train import adamw
 
 Observer = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
 """Called after an operation with the operation, its arguments and what it returned."""
@@ -31,7 +31,7 @@ TILES: tuple[tuple[ModuleType, str, int], ...] = (
     (fp8, "CHUNK_ELEMENTS", 1 << 24),
     (cross_entropy, "SOFTMAX_ELEMENTS", 1 << 26),
     (cross_entropy, "ACCUMULATE_ROWS", 1 << 15),
-    (optimizer, "CPU_CHUNK", 1 << 24),
+    (adamw, "CPU_CHUNK", 1 << 24),
 )
 """Elements, or rows, of a piece. Scratch of such pieces is at most 256 MiB."""
 

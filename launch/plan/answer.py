@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from launch.plan.question import Question
-from parallel.checks import layout_problems
+from launch.plan.question import Question, broken_rules
 from parallel.pipeline.rules import INTERLEAVED
 from parallel.planner import HOUR, Plan
 from parallel.rates import GIGA
@@ -93,14 +92,7 @@ def _own(question: Question) -> tuple[Plan | None, list[str]]:
         plan = Plan(question.task, question.own)
         return plan, [] if plan.fits else [f"stages.{question.name}.parallel {too_large(plan)}"]
     task = question.task.with_batches(max(question.task.batch_sizes))
-    broken = layout_problems(
-        question.own,
-        model=task.model,
-        world_size=task.world_size,
-        batch_sizes=task.batch_sizes,
-        seq_len=task.seq_len,
-        path="parallel",
-    )
+    broken = broken_rules(task, question.own, path="parallel")
     return (None if broken else Plan(task, question.own)), question.problems
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
 
+from parallel.backend_rules import backend_problems
 from parallel.checks import layout_problems
 from parallel.config import ParallelConfig
 from parallel.planner import Task
@@ -100,6 +101,19 @@ def task_of(
     )
 
 
+def broken_rules(task: Task, parallel: ParallelConfig, *, path: str) -> list[str]:
+    """Return what keeps a layout from running a task at all, whatever it needs of memory."""
+    found = layout_problems(
+        parallel,
+        model=task.model,
+        world_size=task.world_size,
+        batch_sizes=task.batch_sizes,
+        seq_len=task.seq_len,
+        path=path,
+    )
+    return found + backend_problems(task.precision, parallel, task.model, path=path)
+
+
 def _question(
     config: RunConfig, name: str, stage: StageConfig, devices: int, fixed: frozenset[str], imbalance: float
 ) -> Question:
@@ -112,14 +126,7 @@ def _question(
         steps=steps,
         task=task,
         own=own,
-        problems=layout_problems(
-            own,
-            model=config.model,
-            world_size=devices,
-            batch_sizes=task.batch_sizes,
-            seq_len=stage.seq_len,
-            path=f"stages.{name}.parallel",
-        ),
+        problems=broken_rules(task, own, path=f"stages.{name}.parallel"),
         fixed=fixed,
     )
 

@@ -18,8 +18,9 @@ from model.transformer import Transformer
 from model.weight_gradients import WeightGradients, install
 from tests.model.oracle import randomize
 from tests.model.small import relative, small
+from train.machine import find_machine
 from train.precision import WeightCodes, install_backend
-from train.requirements import find_machine, machine_problems
+from train.requirements import machine_problems
 
 pytestmark = pytest.mark.gpu
 

@@ -199,6 +199,7 @@ def test_the_command_prints_tables_that_fit_a_page(capsys: pytest.CaptureFixture
         (["--stage", "nowhere"], "--stage=nowhere is no stage of recipe=smoke; use pretrain_4k"),
         (["parallel.engine=deepspeed"], "use engine=zero1, or python -m launch plan"),
         (["precision=fp8_te"], "precision.gemm=fp8_te: Transformer Engine needs an accelerator"),
+        (["optimizer.kernel=transformer_engine"], "use optimizer.kernel=torch, whose state is the same"),
         (["--rank", "1"], "--rank=1 must lie in [0, 1)"),
         (["--world-size", "3", "parallel.pp=2"], "parallel.pp=2 needs a multiple of 2 processes"),
     ],

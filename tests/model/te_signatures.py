@@ -3,8 +3,8 @@
     python -m tests.model.te_signatures transformer_engine-2.20.2-py3-none-any.whl
 
 writes tests/model/te_signatures.json from a wheel (`pip download --no-deps transformer-engine==2.20.2`): the
-parameters of what is called, the fields of recipes with their defaults, and whether the attributes are there
-that the adapter relies on beside the documented interface.
+parameters of what is called, the fields of recipes with their defaults, how FusedAdam calls its kernel, and
+whether the attributes are there that the adapter relies on beside the documented interface.
 """
 
 import ast
@@ -41,6 +41,7 @@ FIELDS = {
     name: ("transformer_engine/common/recipe/__init__.py", name)
     for name in ("QParams", "Float8BlockScaling", "MXFP8BlockScaling")
 }
+FUSED_ADAM = ("transformer_engine/pytorch/optimizers/fused_adam.py", "FusedAdam")
 ATTRIBUTES = {"_fp8_workspaces": ("transformer_engine/pytorch/module/base.py", "TransformerEngineBaseModule")}
 
 
@@ -49,6 +50,7 @@ def read(wheel: Path) -> dict[str, Any]:
     with zipfile.ZipFile(wheel) as archive:
         classes = {place[:2]: _class(archive, *place[:2]) for place in (*CALLS.values(), *FIELDS.values())}
         owners = {name: _class(archive, *place) for name, place in ATTRIBUTES.items()}
+        fused_adam = _kernel_calls(_class(archive, *FUSED_ADAM))
     return {
         "wheel": wheel.name,
         "calls": {
@@ -56,6 +58,7 @@ def read(wheel: Path) -> dict[str, Any]:
             for name, (path, kind, method) in CALLS.items()
         },
         "fields": {name: _fields(classes[place]) for name, place in FIELDS.items()},
+        "fused_adam": fused_adam,
         "attributes": {
             name: any(_assigns(node, name) for node in ast.walk(owner)) for name, owner in owners.items()
         },
@@ -113,6 +116,23 @@ def _fields(owner: ast.ClassDef) -> dict[str, str]:
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = ast.unparse(node.value)
     return found
+
+
+def _kernel_calls(owner: ast.ClassDef) -> list[str]:
+    """Return with what FusedAdam calls the kernel that it has chosen, and in which order it lists tensors."""
+    calls = [
+        [ast.unparse(argument) for argument in node.args]
+        for node in ast.walk(owner)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "multi_tensor_applier"
+    ]
+    lists = {
+        ast.unparse(node.value)
+        for node in ast.walk(owner)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "tensor_lists"
+    }
+    (arguments,) = calls
+    (plain,) = [each for each in lists if each.startswith("[g_of_f32_model,")]
+    return [*arguments, plain]
 
 
 def _assigns(node: ast.AST, name: str) -> bool:

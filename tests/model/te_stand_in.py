@@ -4,7 +4,7 @@ Transformer Engine computes on a GPU only. What its adapter has to get right bes
 every call is bound to the real signatures (te_signatures.json), and what the sources of 2.20.2 do with
 `main_grad`, `is_first_microbatch`, queued products and kept codes is repeated. Products are plain, in the
 type of the operands, so that whole models can be compared with models without it. "Codes" are copies of the
-weights.
+weights. The kernel of FusedAdam is repeated from its source.
 """
 
 import sys
@@ -40,6 +40,10 @@ def install_stand_in(
             "GroupedLinear": GroupedLinear,
             "autocast": autocast,
         },
+        "transformer_engine.pytorch.optimizers": {
+            "multi_tensor_applier": multi_tensor_applier,
+            "multi_tensor_adam": multi_tensor_adam,
+        },
         "transformer_engine.common": {},
         "transformer_engine.common.recipe": {kind: _recipe(kind) for kind in stored()["fields"]},
     }.items():
@@ -47,6 +51,32 @@ def install_stand_in(
         module.__dict__.update(members)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
+def multi_tensor_applier(kernel: Any, noop_flag: Tensor, tensors: list[list[Tensor]], *numbers: Any) -> None:
+    """Call the kernel as the real one does: a launch takes so many elements, lists are of one length."""
+    assert len({len(each) for each in tensors}) == 1
+    kernel(65536, noop_flag, tensors, *numbers)
+
+
+def multi_tensor_adam(chunk_size: int, noop_flag: Tensor, tensors: list[list[Tensor]], *numbers: Any) -> None:
+    """Repeat transformer_engine/common/multi_tensor/adam.cu: FP32 arithmetic, moments rounded once."""
+    *names, order = stored()["fused_adam"]
+    assert names[:3] == ["adam_func", "self._dummy_overflow_buf", "tensor_list_chunk"]
+    assert order == "[g_of_f32_model, p_f32_model, m_of_f32_model, v_of_f32_model]"
+    given = dict(zip((name for name in names[3:] if not name.startswith("*")), numbers, strict=True))
+    assert given["self.adam_w_mode"] == given["bias_correction"] == 1
+    assert noop_flag.dtype == torch.int32
+    beta1, beta2, step = given["beta1"], given["beta2"], given["group['step']"]
+    for gradient, weights, first, second in zip(*tensors, strict=True):
+        assert gradient.dtype == weights.dtype == torch.float32
+        assert first.dtype == second.dtype
+        m = beta1 * first.float() + (1 - beta1) * gradient
+        v = beta2 * second.float() + (1 - beta2) * gradient * gradient
+        update = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + given["group['eps']"])
+        weights -= given["group['lr']"] * (update + given["group['weight_decay']"] * weights)
+        first.copy_(m)
+        second.copy_(v)
 
 
 class autocast:  # noqa: N801 (its name)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from parallel.zero1 import Zero1
-from train import optimizer as optimizer_module
-from train.config import Moments, OptimizerConfig
+from tests.model.te_stand_in import install_stand_in
+from train import adamw
+from train.config import AdamKernel, Moments, OptimizerConfig
 from train.optimizer import AdamW, clip_grad_norm, parameter_rule
 
 
@@ -55,13 +56,22 @@ def torch_step(optimizer: torch.optim.AdamW, lr: float) -> None:
     optimizer.zero_grad()
 
 
+@pytest.fixture(params=AdamKernel)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AdamKernel:
+    """Everything that updates; of Transformer Engine's, the formula of its source."""
+    install_stand_in(monkeypatch)
+    return request.param
+
+
 RATES = [1e-2, 5e-3, 2e-2, 1e-3, 1e-3, 3e-3]
 
 
 @pytest.mark.parametrize("chunk", [64, 1 << 18])
-def test_six_clipped_steps_equal_torch(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_module, "CPU_CHUNK", chunk)
-    config = OptimizerConfig(moments=Moments.fp32, lr_multipliers={"2.*": 0.5, "*": 2.0})
+def test_six_clipped_steps_equal_torch(
+    kernel: AdamKernel, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adamw, "CPU_CHUNK", chunk)
+    config = OptimizerConfig(kernel=kernel, moments=Moments.fp32, lr_multipliers={"2.*": 0.5, "*": 2.0})
     factors = {"0.weight": 2.0, "0.bias": 2.0, "2.weight": 0.5, "2.bias": 0.5}
     model, reference = network(), network()
     engine, optimizer = engine_of(model, config)
@@ -106,8 +116,8 @@ def test_expert_stacks_decay_and_first_matching_pattern_wins() -> None:
     assert not rule("layers.1.attn_norm.weight", norm).decay
 
 
-def test_zero_multiplier_freezes() -> None:
-    config = OptimizerConfig(lr_multipliers={"0.*": 0.0})
+def test_zero_multiplier_freezes(kernel: AdamKernel) -> None:
+    config = OptimizerConfig(kernel=kernel, lr_multipliers={"0.*": 0.0})
     model = network()
     before = copy.deepcopy(model)
     _, optimizer = engine_of(model, config)
@@ -117,9 +127,9 @@ def test_zero_multiplier_freezes() -> None:
         assert torch.equal(mine, theirs) == name.startswith("0.")
 
 
-def test_bf16_moments_are_fp32_adamw_with_rounded_state() -> None:
+def test_bf16_moments_are_fp32_adamw_with_rounded_state(kernel: AdamKernel) -> None:
     """Against plain torch arithmetic in which only the stored moments are rounded to BF16."""
-    config = OptimizerConfig(moments=Moments.bf16)
+    config = OptimizerConfig(kernel=kernel, moments=Moments.bf16)
     model, reference = network(), network()
     engine, optimizer = engine_of(model, config)
     weights = dict(reference.named_parameters())

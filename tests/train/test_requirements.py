@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from model.config import AttentionConfig, Fp8Scales, Gemm, ModelConfig, MoEConfig, PrecisionConfig
-from parallel.config import Engine, ParallelConfig
+from model.config import Fp8Scales, Gemm, PrecisionConfig
 from tests.golden.compose import compose_run
+from train.config import AdamKernel, OptimizerConfig
 from train.errors import RunError
-from train.requirements import Machine, backend_problems, find_machine, machine_problems
+from train.machine import Machine, find_machine
+from train.requirements import kernel_problems, machine_problems
 from train.validate import check, problems
 
 NOTHING = Machine(capability=None, cuda=None, triton=False, interprets=False, transformer_engine=None)
@@ -76,39 +77,35 @@ def test_everything_that_is_missing_is_named_at_once() -> None:
         assert part in str(caught.value)
 
 
+TE_KERNEL = OptimizerConfig(kernel=AdamKernel.transformer_engine)
+
+
+def test_an_update_by_transformer_engine_runs_on_any_gpu_that_has_it() -> None:
+    assert kernel_problems(OptimizerConfig(), NOTHING) == []
+    assert kernel_problems(TE_KERNEL, replace(HOPPER, capability=(8, 0), cuda=(12, 8))) == []
+    without = kernel_problems(TE_KERNEL, NOTHING)
+    assert "needs a CUDA GPU" in without[0]
+    assert "needs transformer-engine 2.20, which is not installed" in without[1]
+    assert all(line.endswith("use optimizer.kernel=torch, which computes the same") for line in without)
+    config = compose_run("recipe=smoke", "optimizer.kernel=transformer_engine")
+    with pytest.raises(RunError, match=r"2 problems in the configuration:\n  optimizer\.kernel="):
+        check(config, machine=NOTHING)
+
+
 def test_a_configuration_is_checked_without_the_machine() -> None:
     """As `python -m launch` does where the job will not run."""
     for precision in ("fp8_triton", "fp8_te"):
         assert problems(compose_run("recipe=deepseek_v3", f"precision={precision}"), world_size=2048) == []
 
 
-def test_transformer_engine_and_deepspeed() -> None:
-    layout = ParallelConfig(engine=Engine.deepspeed)
-    (line,) = backend_problems(TE, layout, ModelConfig(), path="parallel")
-    assert line.startswith("parallel.engine=deepspeed cannot be had with precision.gemm=fp8_te")
-    assert "use engine=zero1" in line
-    assert backend_problems(TRITON, layout, ModelConfig(), path="parallel") == []
-
-
-def test_widths_that_transformer_engine_does_not_take() -> None:
-    model = ModelConfig(
-        moe=MoEConfig(intermediate_size=24), attention=AttentionConfig(q_lora_rank=8, kv_lora_rank=16)
-    )
-    found = backend_problems(TE, ParallelConfig(), model, path="parallel")
-    assert {line.split("=")[0] for line in found} == {
-        "model.moe.intermediate_size",
-        "model.moe.num_shared_experts × intermediate_size",
-        "model.attention.q_lora_rank",
-    }
-    assert "model.attention.q_lora_rank=8 over parallel.tp=1 leaves 8 columns" in found[0]
-    (line,) = backend_problems(TE, ParallelConfig(tp=256), ModelConfig(), path="parallel")[-1:]
-    assert "over parallel.tp=256 leaves 8 columns" in line
-    assert backend_problems(TE, ParallelConfig(tp=8), ModelConfig(), path="parallel") == []
-
-
 def test_a_machine_is_looked_at_for_the_backend_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_machine(Gemm.compute, device="auto") == NOTHING
-    assert find_machine(Gemm.fp8_triton, device="cpu").capability is None
+    for found in (
+        find_machine(Gemm.fp8_triton, device="cpu"),
+        find_machine(Gemm.compute, AdamKernel.transformer_engine, device="cpu"),
+    ):
+        assert found.capability is None
+        assert found.triton  # it did look
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert find_machine(Gemm.fp8_triton, device="cpu").interprets
 

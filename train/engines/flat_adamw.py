@@ -1,6 +1,6 @@
 """AdamW (arXiv 1711.05101) as an optimizer that DeepSpeed can call, on the flat FP32 tensors it makes.
 
-The arithmetic, the rules and the storage of the moments are those of train/optimizer.py. DeepSpeed calls
+The arithmetic, the rules and the storage of the moments are those of train/adamw.py. DeepSpeed calls
 `step` once for every flat tensor, so who drives it counts the updates.
 """
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.adamw import FlatState, update_flat
 from train.config import Moments, OptimizerConfig
-from train.optimizer import FlatState, update_flat
 
 
 class FlatAdamW(torch.optim.Optimizer):

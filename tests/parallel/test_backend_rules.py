@@ -1,0 +1,46 @@
+"""What the FP8 backends ask of a model and a layout is said with the remedy, and plans keep to it."""
+
+from model.config import AttentionConfig, Gemm, ModelConfig, MoEConfig, PrecisionConfig
+from parallel.backend_rules import backend_problems
+from parallel.candidates import candidates
+from parallel.config import Engine, ParallelConfig
+from tests.parallel.planned import task
+
+TRITON, TE = PrecisionConfig(gemm=Gemm.fp8_triton), PrecisionConfig(gemm=Gemm.fp8_te)
+
+
+def test_transformer_engine_and_deepspeed() -> None:
+    layout = ParallelConfig(engine=Engine.deepspeed)
+    (line,) = backend_problems(TE, layout, ModelConfig(), path="parallel")
+    assert line.startswith("parallel.engine=deepspeed cannot be had with precision.gemm=fp8_te")
+    assert "use engine=zero1" in line
+    assert backend_problems(TRITON, layout, ModelConfig(), path="parallel") == []
+
+
+def test_widths_that_transformer_engine_does_not_take() -> None:
+    model = ModelConfig(
+        moe=MoEConfig(intermediate_size=24), attention=AttentionConfig(q_lora_rank=8, kv_lora_rank=16)
+    )
+    found = backend_problems(TE, ParallelConfig(), model, path="parallel")
+    assert {line.split("=")[0] for line in found} == {
+        "model.moe.intermediate_size",
+        "model.moe.num_shared_experts × intermediate_size",
+        "model.attention.q_lora_rank",
+    }
+    assert "model.attention.q_lora_rank=8 over parallel.tp=1 leaves 8 columns" in found[0]
+    (line,) = backend_problems(TE, ParallelConfig(tp=256), ModelConfig(), path="parallel")[-1:]
+    assert "over parallel.tp=256 leaves 8 columns" in line
+    assert backend_problems(TE, ParallelConfig(tp=8), ModelConfig(), path="parallel") == []
+
+
+def test_plans_keep_to_widths_that_transformer_engine_takes() -> None:
+    model = ModelConfig(
+        moe=MoEConfig(num_experts=8, num_groups=1, top_k_groups=1, top_k=2, intermediate_size=32)
+    )
+    tps = {}
+    for precision in (TRITON, TE):
+        asked = task(model=model, precision=precision, world_size=8, batch_sizes=(8,))
+        tps[precision.gemm] = {layout.tp for layout in candidates(asked, base=ParallelConfig())}
+    assert tps == {Gemm.fp8_triton: {1, 2, 4}, Gemm.fp8_te: {1, 2}}
+    on_deepspeed = ParallelConfig(engine=Engine.deepspeed)
+    assert not list(candidates(task(precision=TE, world_size=8, batch_sizes=(8,)), base=on_deepspeed))
