@@ -16,7 +16,6 @@ from parallel.config import Schedule as PipelineName
 from parallel.mesh import Mesh
 from parallel.model import ParallelModel, build_model
 from parallel.pieces import Holding
-from parallel.pipeline.actions import action_table
 from parallel.pipeline.executor import PipelineSchedule
 from parallel.pipeline.table import ActionTable
 from parallel.schedule import LocalSchedule, LossFunction, Schedule, WorldSchedule
@@ -124,6 +123,8 @@ def _build_schedule(
         install(part, later)
 
     def table(num_microbatches: int) -> ActionTable:
+        from parallel.pipeline.actions import action_table  # brings torch's compiler: a second a process
+
         return action_table(
             layout.schedule, pp=layout.pp, chunks=layout.chunks, num_microbatches=num_microbatches
         )

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 MIN_BLOCK_ROWS = 128
 MAX_BLOCK_ROWS = 512
@@ -51,6 +50,8 @@ def causal_attention(
 
 
 def _torch_attention(q_BSHK: Tensor, k_BMHK: Tensor, v_BMHU: Tensor, *, scale: float) -> Tensor:
+    from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler: over a second a process
+
     whole = q_BSHK.shape[1] == k_BMHK.shape[1]
     out_BHSU = F.scaled_dot_product_attention(
         q_BSHK.transpose(1, 2),
