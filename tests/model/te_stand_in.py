@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from tests.model.te_signatures import signature, stored
 
-active_recipes: list[Any] = []
-"""The recipe of every forward call of a module, in order."""
+recipes: dict[int, Any] = {}
+"""The recipe with which each module ran last, by the address of its first weight."""
 _autocast: list[Any] = []
 _width_multiple = 16
 
@@ -31,7 +31,7 @@ def install_stand_in(
 
     width_multiple: what widths must be multiples of, in truth 16.
     """
-    active_recipes.clear()
+    recipes.clear()
     monkeypatch.setattr(sys.modules[__name__], "_width_multiple", width_multiple)
     for name, members in {
         "transformer_engine": {},
@@ -109,13 +109,13 @@ class _Module(nn.Module):
             self.register_parameter(name, nn.Parameter(memory))
 
     def run(self, x: Tensor, sizes: list[int], is_first_microbatch: bool | None) -> Tensor:
-        active_recipes.append(_autocast[-1])
         assert sum(sizes) == len(x)
-        assert not any(size % 8 for size in sizes)
+        assert not any(size % 128 for size in sizes)  # Float8BlockQuantizer.is_quantizable
         assert not any(
             width % _width_multiple for width in (x.shape[-1], *self.get_parameter(self._matrices[0]).shape)
         )
         weights = [self.get_parameter(name) for name in self._matrices]
+        recipes[weights[0].data_ptr()] = _autocast[-1]
         assert all(weight.dtype == x.dtype for weight in weights)
         if is_first_microbatch is not False:
             self._fp8_workspaces.clear()

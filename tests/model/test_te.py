@@ -123,13 +123,14 @@ def test_weights_that_move_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative(gradient, expected[name]) < 1e-5, name
 
 
-def test_codes_are_kept_until_they_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["attn.wo.weight", "ffn.experts.w1", "ffn.experts.w3", "ffn.experts.w2"])
+def test_codes_are_kept_until_they_are_forgotten(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     install_stand_in(monkeypatch)
     model = make()
     weights: TeWeights = install_te(model, config())
     before = loss_of(model, 0).item()
     with torch.no_grad():
-        model.layers["0"].attn.wo.weight.mul_(2)
+        model.get_parameter(f"layers.2.{name}").mul_(2)
     assert loss_of(model, 0).item() == before
     weights.forget()
     assert loss_of(model, 0).item() != before
@@ -166,10 +167,26 @@ def test_nothing_runs_backward_without_gradients(monkeypatch: pytest.MonkeyPatch
         parameter.grad = None
     with torch.no_grad():
         assert loss_of(model, 0).item() == pytest.approx(expected.item(), rel=1e-5)
-    model.layers["0"].attn.wo.weight.requires_grad_(False)
+    wo = model.layers["0"].attn.wo.weight.requires_grad_(False)
     loss_of(model, 0).backward()
-    assert model.layers["0"].attn.wo.weight.grad is None
+    assert wo.grad is None
     assert model.layers["0"].attn.wkv_b.weight.grad is not None
+
+
+def test_a_weight_that_thaws_has_no_gradient_of_when_it_was_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module would have queued its product, and multiplied that one first."""
+    install_stand_in(monkeypatch)
+    model, plain = make(), make()
+    install_te(model, config())
+    for each in (model, plain):
+        with torch.no_grad():
+            loss_of(each, 0)
+        wo = each.layers["0"].attn.wo.weight
+        for thawed in (False, True):
+            wo.requires_grad_(thawed)
+            loss_of(each, int(thawed)).backward()
+    for name, gradient in gradients(model).items():
+        assert relative(gradient, gradients(plain)[name]) < 1e-5, name
 
 
 def test_experts_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,20 +219,24 @@ def test_recipes_on_hopper(monkeypatch: pytest.MonkeyPatch, scales: Fp8Scales) -
     install_te(model, config(scales))
     loss_of(model, 0)
     others = scales is Fp8Scales.power_of_two
-    seen = {
-        tuple(
-            getattr(used, f"fp8_quant_{operand}").power_2_scale
-            for operand in ("fwd_inp", "fwd_weight", "bwd_grad")
-        )
-        for used in te_stand_in.active_recipes
+    special = {
+        "attn.wo.weight": (True, others, others),
+        "experts.w1": (True, others, others),
+        "experts.w3": (True, others, others),
+        "experts.w2": (others, others, True),
     }
-    usual, attention_output_or_up, down = (
-        (others, others, others),
-        (True, others, others),
-        (others, others, True),
-    )
-    assert seen == {usual, attention_output_or_up, down}
-    assert {type(used).__name__ for used in te_stand_in.active_recipes} == {"Float8BlockScaling"}
+    seen = 0
+    for name, weight in model.named_parameters():
+        if used := te_stand_in.recipes.get(weight.data_ptr()):
+            assert type(used).__name__ == "Float8BlockScaling"
+            flags = tuple(
+                getattr(used, f"fp8_quant_{operand}").power_2_scale
+                for operand in ("fwd_inp", "fwd_weight", "bwd_grad")
+            )
+            (expected, *_) = [flag for end, flag in special.items() if name.endswith(end)] or [(others,) * 3]
+            assert flags == expected, name
+            seen += 1
+    assert seen == len(te_stand_in.recipes) > 30
 
 
 def test_recipe_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +244,7 @@ def test_recipe_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     install_te(model, config())
     loss_of(model, 0)
-    assert {type(used).__name__ for used in te_stand_in.active_recipes} == {"MXFP8BlockScaling"}
+    assert {type(used).__name__ for used in te_stand_in.recipes.values()} == {"MXFP8BlockScaling"}
 
 
 def test_what_is_fp8(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 from model.config import Compute, Fp8Scales, ModelConfig, PrecisionConfig
 from model.fp8 import Fp8Policy
 from model.hf import HfTensor, Role, hf_tensors
-from tests.train.test_convert import ATTENTION, MOE, convert, read_all, refused, tiny, write_run
+from tests.train.hf.runs import ATTENTION, MOE, convert, read_all, refused, tiny, write_run
 from train.hf.encoding import SCALE_SUFFIX, Encoding, ExportType
 from train.hf.folder import INDEX_FILE, dequantize_blocks
 from train.hf.to_hf import CheckpointWeights

@@ -63,6 +63,11 @@ def test_three_products(interpret: Interpret, sizes: tuple[int, int, int], power
     interpret(check_linear, *sizes, power_of_two)
 
 
+def test_a_second_band_of_rows_that_is_not_full(interpret: Interpret):
+    """Nine rows of tiles, of which programs walk through eight at a time."""
+    interpret(check_linear, 1100, 5, 130, True)
+
+
 def test_every_configuration(interpret: Interpret):
     interpret(check_configurations)
 
