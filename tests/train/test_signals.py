@@ -65,35 +65,38 @@ import threading, time
 from train.signals import StopRequest
 
 # a thread that Python would wait for at its end, as for a checkpoint being written
-threading.Thread(target=time.sleep, args=(60,)).start()
+threading.Thread(target=time.sleep, args=(600,)).start()
 with StopRequest() as stop:
     print("ready", flush=True)
     while not stop.requested:
         time.sleep(0.01)
     print(stop.requested, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_ctrl_c_ends_at_once(first: signal.Signals) -> None:
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(first)
-    assert process.stdout.readline() == f"{first.name}\n"
-    if first is signal.SIGTERM:
-        # a scheduler repeats itself: that must not cut the save short
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGINT)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.3)
-    # two Ctrl-C that come before the first is noticed are one
-    while "press Ctrl-C again to end at once" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
-    assert process.returncode == -signal.SIGINT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(first)
+            assert process.stdout.readline() == f"{first.name}\n"
+            if first is signal.SIGTERM:
+                # a scheduler repeats itself: that must not cut the save short
+                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGINT)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(0.3)
+            # two Ctrl-C that come before the first is noticed are one
+            while "press Ctrl-C again to end at once" not in process.stderr.readline():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=10)
+            assert process.returncode == -signal.SIGINT
+        finally:
+            process.kill()
