@@ -88,6 +88,8 @@ def test_what_is_not_finite_has_an_infinite_magnitude(bad: float) -> None:
     watch = started(Fp8Watch())
     watch.see(TensorClass.ACTIVATIONS, x, quantize(x, ROW_TILE, power_of_two=False))
     assert amax(watch, TensorClass.ACTIVATIONS) == torch.inf
+    x[1, :128] = 0  # a tile whose codes are NaN saturates nothing
+    assert counts(watch, TensorClass.ACTIVATIONS)[2] == by_hand(x, ROW_TILE)[2]
 
 
 def test_nothing_is_counted_unless_asked_for_and_start_forgets() -> None:
@@ -100,6 +102,8 @@ def test_nothing_is_counted_unless_asked_for_and_start_forgets() -> None:
     assert counts(watch, TensorClass.ACTIVATIONS)[0] == 512
     watch.start(active=False)
     assert watch.totals(CPU).counts.sum() == 0
+    started(watch).see(TensorClass.ACTIVATIONS, x, codes)  # codes that outlived a step
+    assert counts(watch, TensorClass.ACTIVATIONS)[0] == 512
 
 
 def test_codes_without_rows_count_nothing() -> None:
@@ -151,6 +155,8 @@ def test_experts_by_hand() -> None:
     hidden = F.silu(gate) * up * weights[:, None]
     assert of(kind.ACTIVATIONS)[0] == by_hand(hidden, ROW_TILE)[0]
     assert abs(of(kind.ACTIVATIONS)[1] - by_hand(hidden, ROW_TILE)[1]) <= 1  # sums in another order
+    largest = float(hidden.detach().abs().max())
+    assert amax(policy.watch, kind.ACTIVATIONS) == pytest.approx(largest, rel=1e-5)
     dhidden = torch.einsum("rd,rdi->ri", dy8, decoded(w2, SQUARE, False)[experts])
     gate8, up8 = (decoded(x, ROW_TILE, False).requires_grad_() for x in (gate, up))
     (F.silu(gate8) * up8 * weights[:, None]).backward(dhidden)
