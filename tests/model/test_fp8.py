@@ -19,7 +19,7 @@ from model.fp8 import Fp8Policy, Fp8Weights, install_fp8
 from model.fp8_watch import Fp8Watch
 from model.kernels import reference
 from model.kernels.fp8 import COLUMN_TILE, ROW_TILE, SQUARE, BlockShape, Quantized, quantize
-from model.kernels.fp8_experts import ExpertScales, fp8_expert_ffn
+from model.kernels.fp8_experts import ExpertScales, Padding, fp8_expert_ffn
 from model.kernels.grouped_gemm import expert_ffn
 from model.linear import Linear
 from model.transformer import Transformer
@@ -261,6 +261,13 @@ def test_experts_without_any_rows() -> None:
     assert output.shape == drows.shape == (0, 140)
     assert dweights.shape == (0,)
     assert all(dw.dtype == torch.float32 and not dw.any() for dw in dws)
+
+
+def test_experts_are_padded_with_no_more_rows_than_they_need() -> None:
+    padding, rows = Padding.of([128, 0, 5, 256], torch.device("cpu")), normal(389, 3)
+    assert padding.sizes == [128, 0, 128, 256]
+    assert torch.equal(padding.add(rows)[:133], rows[:133])
+    assert torch.equal(padding.remove(padding.add(rows)), rows)
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
