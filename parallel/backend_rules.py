@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
-from model.config import Gemm, ModelConfig, PrecisionConfig
+from model.config import Fp8Scales, Gemm, ModelConfig, PrecisionConfig
 from parallel.config import Engine, ParallelConfig
 
-WIDTH_MULTIPLE = 16
-"""Transformer Engine's FP8 products take widths that are multiples of this."""
+WIDTH_MULTIPLES = {Fp8Scales.deepseek: 16, Fp8Scales.power_of_two: 32}
+"""Transformer Engine's FP8 products take widths that are multiples of 16; on Blackwell, which has no other
+scales than powers of two, of the 32 values that share one."""
 
 
 def backend_problems(
@@ -16,6 +17,7 @@ def backend_problems(
     if precision.gemm is not Gemm.fp8_te:
         return []
     found: list[str] = []
+    multiple = WIDTH_MULTIPLES[precision.fp8_scales]
     if layout.engine is not Engine.zero1:
         found.append(
             f"{path}.engine={layout.engine} cannot be had with precision.gemm=fp8_te, which adds to "
@@ -23,9 +25,10 @@ def backend_problems(
         )
     return found + [
         f"{name}={width} over {path}.tp={shares} leaves {width / shares:g} columns, which is no multiple of "
-        f"{WIDTH_MULTIPLE}, as precision.gemm=fp8_te needs; change one of them, or use another precision"
+        f"{multiple}, as precision.gemm=fp8_te needs with fp8_scales={precision.fp8_scales}; change one of "
+        "them, or use another precision"
         for name, width, shares in _widths(model, layout)
-        if width % (WIDTH_MULTIPLE * shares)
+        if width % (multiple * shares)
     ]
 
 

@@ -29,7 +29,7 @@ def install_stand_in(
 ) -> None:
     """Let `transformer_engine` be this module, on a GPU of a compute capability.
 
-    width_multiple: what widths must be multiples of, in truth 16.
+    width_multiple: what widths must be multiples of on Hopper, in truth 16.
     """
     recipes.clear()
     monkeypatch.setattr(sys.modules[__name__], "_width_multiple", width_multiple)
@@ -111,8 +111,10 @@ class _Module(nn.Module):
     def run(self, x: Tensor, sizes: list[int], is_first_microbatch: bool | None) -> Tensor:
         assert sum(sizes) == len(x)
         assert not any(size % 128 for size in sizes)  # Float8BlockQuantizer.is_quantizable
+        # assert_dim_for_fp8_exec; MXFP8Quantizer in csrc/quantizer.cpp
+        multiple = 32 if type(_autocast[-1]).__name__ == "MXFP8BlockScaling" else _width_multiple
         assert not any(
-            width % _width_multiple for width in (x.shape[-1], *self.get_parameter(self._matrices[0]).shape)
+            width % multiple for width in (x.shape[-1], *self.get_parameter(self._matrices[0]).shape)
         )
         weights = [self.get_parameter(name) for name in self._matrices]
         recipes[weights[0].data_ptr()] = _autocast[-1]

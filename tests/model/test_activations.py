@@ -150,6 +150,18 @@ def test_rows_of_experts_are_filled_up() -> None:
         assert part(gemm, recompute, 3) - part(gemm, recompute, 0) == rows * of_row
 
 
+def test_rows_that_arrive_as_codes_have_a_byte_of_scale_for_each_tile() -> None:
+    config = small(**WIDTHS)
+    how = {"recompute": Recompute.deepseek, "compute": Compute.bf16, "gemm": Gemm.fp8_reference}
+    numbers, codes = (
+        saved_bytes_per_token(
+            config, layer=2, spread=Spread(routed_rows=3, arrived_rows=3, coded_rows=coded), **how
+        )
+        for coded in (False, True)
+    )
+    assert numbers - codes == 3 * (2 * config.hidden_size - (config.hidden_size + 2))
+
+
 def test_constants_are_those_of_the_kernels() -> None:
     assert EXPERT_ROWS == WINDOW_MULTIPLE
     assert FP8_TILE == BLOCK

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -367,6 +368,27 @@ def test_recomputation_and_putting_off_change_no_bit(scales: Fp8Scales, compute:
     assert all(gradient.any() for name, gradient in expected.items() if name != "head.weight")
 
 
+def test_gradients_in_bf16_are_rounded_as_autograd_rounds_them() -> None:
+    """Each microbatch's by itself, before they are added."""
+    results = []
+    for put_off in (False, True):
+        later, fp8 = WeightGradients(), policy(Fp8Scales.deepseek)
+        shapes = [(140, 160), (2, 36, 160), (2, 36, 160), (2, 160, 36)]
+        w, *ws = (nn.Parameter(normal(*shape, seed=i).bfloat16()) for i, shape in enumerate(shapes))
+        for seed in range(2):
+            x, row_weights = normal(9, 160, seed=seed).bfloat16(), torch.ones(9)
+            y = fp8.linear(x, w, scales=fp8.linear_scales("ffn.w1"), later=later.later)
+            z = fp8.experts(x, *ws, [4, 5], row_weights, later=later.later)
+            with later.put_off() if put_off else nullcontext([]) as work:
+                torch.autograd.backward([y, z], [normal(*out.shape, seed=7).bfloat16() for out in (y, z)])
+            for product in work:
+                product()
+        results.append([weight.grad for weight in (w, *ws)])
+    for now_, later_ in zip(*results, strict=True):
+        assert now_.dtype == torch.bfloat16
+        assert torch.equal(now_, later_)
+
+
 @pytest.mark.parametrize("scales", Fp8Scales)
 def test_gradients_stay_near_those_of_fp32(scales: Fp8Scales) -> None:
     """A band, not a proof: E4M3 rounds operands by 2 to 3 percent. No experts, whose choice would flip."""
@@ -455,6 +477,15 @@ def test_maps_that_share_an_input_share_its_codes() -> None:
     (doubled, _) = multiply()
     assert len(made) == 4
     torch.testing.assert_close(doubled, torch.full((3, 4), 24.0), rtol=1e-6, atol=0.0)
+
+
+def test_codes_that_are_shared_have_the_scales_that_are_asked_for() -> None:
+    fp8, x, weight = policy(Fp8Scales.deepseek), normal(3, 8), nn.Parameter(normal(4, 8, seed=1))
+    for name in ("ffn.w1", "attn.wo", "ffn.w1"):
+        scales = fp8.linear_scales(name)
+        expected = plain_linear(x, weight, x_two=scales.x, others_two=scales.others)
+        assert relative_error(fp8.linear(x, weight, scales=scales), expected) < 1e-6
+    assert fp8.weights.codes(weight, power_of_two=True).power_of_two
 
 
 def test_of_an_input_only_codes_are_kept() -> None:

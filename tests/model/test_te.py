@@ -43,9 +43,9 @@ def config(scales: Fp8Scales = Fp8Scales.power_of_two) -> PrecisionConfig:
     return PrecisionConfig(gemm=Gemm.fp8_te, fp8_scales=scales)
 
 
-def make(recompute: Recompute = Recompute.none) -> Transformer:
+def make(recompute: Recompute = Recompute.none, **sizes: int) -> Transformer:
     """Return a model in FP32 whose gradients exist."""
-    model = Transformer(small(**SIZES), recompute=recompute, compute=Compute.fp32)
+    model = Transformer(small(**SIZES | sizes), recompute=recompute, compute=Compute.fp32)
     randomize(model, seed=0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -240,7 +240,9 @@ def test_recipes_on_hopper(monkeypatch: pytest.MonkeyPatch, scales: Fp8Scales) -
 
 def test_recipe_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     install_stand_in(monkeypatch, capability=(10, 0))
-    model = make()
+    model = make(
+        hidden_size=64, kv_lora_rank=32, qk_rope_head_dim=32, intermediate_size=32
+    )  # multiples of 32
     install_te(model, config())
     loss_of(model, 0)
     assert {type(used).__name__ for used in te_stand_in.recipes.values()} == {"MXFP8BlockScaling"}

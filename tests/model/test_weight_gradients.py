@@ -219,13 +219,16 @@ def test_products_that_were_replaced_are_kept():
         return F.linear(x, weight)
 
     model, weight_gradients = make(Recompute.none, Compute.fp32), WeightGradients()
-    model.head.gemm = gemm
+    first = next(module for module in model.modules() if isinstance(module, Experts))
+    model.head.gemm, first.feed_forward = gemm, WeightGradients().expert_ffn
+    replaced = first.feed_forward
     install(model, weight_gradients)
     assert model.head.gemm is gemm
+    assert first.feed_forward is replaced
     for module in model.modules():
         if isinstance(module, Linear) and module is not model.head:
             assert module.gemm == weight_gradients.linear
-        if isinstance(module, Experts):
+        if isinstance(module, Experts) and module is not first:
             assert module.feed_forward == weight_gradients.expert_ffn
 
 

@@ -1,6 +1,10 @@
 """What the FP8 backends ask of a model and a layout is said with the remedy, and plans keep to it."""
 
-from model.config import AttentionConfig, Gemm, ModelConfig, MoEConfig, PrecisionConfig
+from dataclasses import replace
+
+import pytest
+
+from model.config import AttentionConfig, Fp8Scales, Gemm, ModelConfig, MoEConfig, PrecisionConfig
 from parallel.backend_rules import backend_problems
 from parallel.candidates import candidates
 from parallel.config import Engine, ParallelConfig
@@ -31,6 +35,40 @@ def test_widths_that_transformer_engine_does_not_take() -> None:
     (line,) = backend_problems(TE, ParallelConfig(tp=256), ModelConfig(), path="parallel")[-1:]
     assert "over parallel.tp=256 leaves 8 columns" in line
     assert backend_problems(TE, ParallelConfig(tp=8), ModelConfig(), path="parallel") == []
+
+
+HEADS = "model.attention.num_heads ×"
+KEYS = "model.attention.kv_lora_rank + qk_rope_head_dim"
+QUERIES, ROWS = f"{HEADS} (qk_nope_head_dim + qk_rope_head_dim)", f"{HEADS} (qk_nope_head_dim + v_head_dim)"
+DENSE = "model.dense_intermediate_size"
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "names"),
+    [
+        (ModelConfig(attention=AttentionConfig(num_heads=1, qk_rope_head_dim=8)), 1, {KEYS, QUERIES}),
+        (ModelConfig(attention=AttentionConfig(num_heads=1, qk_nope_head_dim=120)), 1, {QUERIES, ROWS}),
+        (ModelConfig(dense_intermediate_size=24), 1, {DENSE}),
+        (ModelConfig(dense_intermediate_size=24, num_dense_layers=0), 1, set()),
+        (ModelConfig(moe=MoEConfig(intermediate_size=24), num_dense_layers=61), 1, set()),
+        (ModelConfig(moe=MoEConfig(intermediate_size=48, num_shared_experts=2)), 2, set()),
+    ],
+)
+def test_widths_are_those_of_the_matrices_there_are(model: ModelConfig, tp: int, names: set[str]) -> None:
+    """Those of routed experts are not split over tp."""
+    found = backend_problems(TE, ParallelConfig(tp=tp), model, path="parallel")
+    assert {line.split("=")[0] for line in found} == names
+
+
+def test_blackwell_takes_fewer_widths() -> None:
+    """Only powers of two are scales there; the setting is checked where the GPU is not known."""
+    model = ModelConfig(moe=MoEConfig(intermediate_size=48))
+    assert backend_problems(TE, ParallelConfig(), model, path="parallel") == []
+    for_both = replace(TE, fp8_scales=Fp8Scales.power_of_two)
+    found = backend_problems(for_both, ParallelConfig(), model, path="parallel")
+    assert "no multiple of 32, as precision.gemm=fp8_te needs with fp8_scales=power_of_two" in found[0]
+    assert len(found) == 2
+    assert backend_problems(for_both, ParallelConfig(tp=8), ModelConfig(), path="parallel") == []
 
 
 def test_plans_keep_to_widths_that_transformer_engine_takes() -> None:

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from model.config import Fp8Scales, Gemm, PrecisionConfig
 from tests.golden.compose import compose_run
@@ -47,6 +49,7 @@ def test_what_there_is_suffices() -> None:
         (TE, replace(HOPPER, cuda=None), "torch built for CUDA 12.9 or later, not for the CPU"),
         (TE, replace(HOPPER, transformer_engine=None), "transformer-engine 2.20, which is not installed"),
         (TE, replace(HOPPER, transformer_engine="2.5.0"), "transformer-engine 2.20, not 2.5.0"),
+        (TE, replace(HOPPER, transformer_engine="2.21.0"), "transformer-engine 2.20, not 2.21.0"),
         (TE, replace(HOPPER, import_error="OSError: libcudnn"), "but it says: OSError: libcudnn"),
         (TE, replace(HOPPER, capability=(10, 0)), "precision.fp8_scales=power_of_two on this GPU"),
     ],
@@ -108,6 +111,24 @@ def test_a_machine_is_looked_at_for_the_backend_that_is_asked_for(monkeypatch: p
         assert found.triton  # it did look
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert find_machine(Gemm.fp8_triton, device="cpu").interprets
+
+
+def test_a_library_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a GPU, with the package installed but not what it links to; device=cpu does not look at the GPU."""
+    package, info = tmp_path / "transformer_engine", tmp_path / "transformer_engine-2.20.2.dist-info"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "pytorch.py").write_text('raise OSError("libcudnn.so.9")')
+    info.mkdir()
+    (info / "METADATA").write_text("Name: transformer-engine\nVersion: 2.20.2\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found = find_machine(Gemm.fp8_te, device="auto")
+    sys.modules.pop("transformer_engine", None)
+    assert (found.capability, found.transformer_engine) == ((9, 0), "2.20.2")
+    assert found.import_error == "OSError: libcudnn.so.9"
+    assert find_machine(Gemm.fp8_te, device="cpu").capability is None
 
 
 @pytest.mark.parametrize("precision", ["fp8_triton", "fp8_te"])

@@ -1,5 +1,7 @@
 """Block-scaled products against the promoted sum of the reference, and why promotion matters."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,6 +68,18 @@ def test_few_bf16_results_round_the_other_way() -> None:
     assert differing < 1e-3
     steps = (ours.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
     assert steps[ours.float().abs() > 0.1].max() <= 1
+
+
+def test_products_of_others_keep_their_precision() -> None:
+    """Only exact operands may be rounded to BF16; also where a product fails."""
+    backend: Any = torch.backends.mkldnn
+    before = backend.matmul.fp32_precision
+    tiles, longer = (quantize(normal(4, width), ROW_TILE, power_of_two=True) for width in (128, 256))
+    block_scaled_mm(tiles, tiles, dtype=torch.float32)
+    assert backend.matmul.fp32_precision == before
+    with pytest.raises(RuntimeError):
+        block_scaled_mm(tiles, longer, dtype=torch.float32)
+    assert backend.matmul.fp32_precision == before
 
 
 def test_what_is_not_finite_reaches_the_result() -> None:

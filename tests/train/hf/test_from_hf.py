@@ -169,15 +169,28 @@ def test_fp8_blocks_are_multiplied_out(tmp_path: Path, capsys: pytest.CaptureFix
     scale = "model.layers.0.mlp.gate_proj.weight_scale_inv"
     edit(tmp_path / "hf", lambda tensors: tensors.pop(scale))
     assert f"missing: {scale}" in refused(capsys, "from-hf", tmp_path / "hf", tmp_path / "other")
+    edit(tmp_path / "hf", lambda tensors: tensors.update({scale: torch.ones(3, 2)}))
+    message = refused(capsys, "from-hf", tmp_path / "hf", tmp_path / "other")
+    assert f"misshaped: {scale} is [3, 2], must be [2, 2]" in message
 
 
-def test_other_quantisations_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quant_method='gptq'"),
+        ({"quant_method": "fp8"}, "weight_block_size=None"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "weight_block_size=[64, 64]"),
+    ],
+)
+def test_other_quantisations_are_refused(
+    quantization: dict[str, object], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_run(tmp_path / "run", tiny())
     convert("to-hf", tmp_path / "run", tmp_path / "hf")
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
-    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    settings["quantization_config"] = quantization
     (tmp_path / "hf" / "config.json").write_text(json.dumps(settings))
-    assert "quant_method='gptq'" in refused(capsys, "from-hf", tmp_path / "hf", tmp_path / "back")
+    assert words in refused(capsys, "from-hf", tmp_path / "hf", tmp_path / "back")
 
 
 def test_dequantisation_is_the_closed_form() -> None:
