@@ -19,9 +19,11 @@ def finish(manifest: Manifest, parts: list[Path], *, plan: str, name: str) -> No
     """Write OUT/train and OUT/validation from the parts, in their order, and mark the corpus complete."""
     tokenizer = load_tokenizer(manifest.folder / "tokenizer.json")
     records = [json.loads(Path(f"{part}.json").read_text()) for part in parts]
+    skipped = [path for record in records for path in record["skipped"]]
     if not any(record["documents"]["train"] for record in records):
+        unreadable = f" ({_not_text(skipped)})" if skipped else ""
         raise DataError(
-            f"{', '.join(manifest.options['sources'])} gave no training documents; "
+            f"{', '.join(manifest.options['sources'])} gave no training documents{unreadable}; "
             "check that the sources hold text and that --validation-fraction leaves some for training"
         )
     splits = {split: _write_split(manifest.folder, split, parts, name, tokenizer) for split in SPLITS}
@@ -31,7 +33,7 @@ def finish(manifest: Manifest, parts: list[Path], *, plan: str, name: str) -> No
         num_units=len(parts),
         tokenizer=_describe(tokenizer),
         characters=sum(record["characters"] for record in records),
-        skipped=[path for record in records for path in record["skipped"]],
+        skipped=skipped,
         splits=splits,
     )
 
@@ -46,11 +48,16 @@ def summary(folder: Path, *, seconds: float) -> str:
             f"{len(content['shards'])} shard(s) in {folder / split}"
         )
     total = sum(content["tokens"] for content in manifest["splits"].values())
+    tokenizer = manifest["options"]["tokenizer"]
+    lines.append(f"tokenizer of {manifest['tokenizer']['vocab_size']:,} tokens ({tokenizer})")
     lines.append(f"{manifest['characters'] / total:.2f} characters a token; {seconds:.1f} s")
-    skipped = manifest["skipped"]
-    if skipped:
-        lines.append(f"skipped, not UTF-8 text: {len(skipped)} files: {', '.join(skipped)}")
+    if manifest["skipped"]:
+        lines.append(_not_text(manifest["skipped"]))
     return "\n".join(lines)
+
+
+def _not_text(skipped: list[str]) -> str:
+    return f"skipped, not UTF-8 text: {len(skipped)} files: {', '.join(skipped)}"
 
 
 def _write_split(

@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
             extensions=tuple(filter(None, options.extensions.split(","))),
         )
     except DataError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from data.baselines import Baselines
+from data.config import SourceConfig
 from data.dataset import TrainingData
 from data.heldout import HeldOut
 from data.tokenizer import Tokenizer
@@ -153,6 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stage", help="measure at this stage's length, rotation and data (default: its own)"
     )
+    parser.add_argument(
+        "--corpus",
+        metavar="FOLDER",
+        help="a folder of data.prepare to take instead of the texts of the run: held-out text to measure, "
+        "training text for the baselines",
+    )
     parser.add_argument("--length", type=int, help="sequence length in place of the stage's")
     parser.add_argument("--tokens", type=int, help="held-out tokens in place of evaluation.num_tokens")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -171,12 +178,18 @@ def _adjusted(loaded: LoadedModel, options: argparse.Namespace) -> tuple[RunConf
     for name, value, smallest in (("--length", options.length, 2), ("--tokens", options.tokens, 1)):
         if value is not None and value < smallest:
             raise RunError(f"{name} {value} must be at least {smallest}")
+    stage = config.stages[stage_name]
+    if options.length is not None:
+        stage = replace(stage, seq_len=options.length)
     if options.tokens is not None:
         config = replace(config, evaluation=replace(config.evaluation, num_tokens=options.tokens))
-    if options.length is not None:
-        stage = replace(config.stages[stage_name], seq_len=options.length)
-        config = replace(config, stages=config.stages | {stage_name: stage})
-    return config, stage_name
+    if options.corpus is not None:
+        stage = replace(stage, source_weights={})
+        sources = {"corpus": SourceConfig(path=options.corpus)}
+        config = replace(config, data=replace(config.data, sources=sources, validation=options.corpus))
+    if config.data.validation is None:
+        raise RunError("the run names no held-out text; use --corpus FOLDER, which data.prepare has written")
+    return replace(config, stages=config.stages | {stage_name: stage}), stage_name
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

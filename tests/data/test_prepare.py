@@ -253,6 +253,11 @@ class TestErrors:
         (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
         with pytest.raises(DataError, match=r"gave no training documents; check that the sources hold text"):
             prepare(make_config(tmp_path / "a.jsonl", tmp_path / "out"))
+        (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+        with pytest.raises(
+            DataError, match=r"no training documents \(skipped, not UTF-8 text: 1 files: .*latin"
+        ):
+            prepare(make_config(tmp_path / "latin.txt", tmp_path / "out2"))
 
     def test_bad_values_are_all_named(self, tmp_path: Path) -> None:
         config = PrepareConfig(sources=[], out=str(tmp_path), validation_fraction=1.5)
@@ -274,7 +279,9 @@ class TestErrors:
         source.write_text("text")
         arguments = [str(source), "--out", str(tmp_path / "out")]
         assert main([*arguments, *(text.format(source=source) for text in more)]) == 2
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
         assert list(tmp_path.iterdir()) == [source]
 
     def test_an_error_in_a_worker_process_is_told_once(
@@ -296,5 +303,6 @@ class TestErrors:
         told = capsys.readouterr().out
         assert "train: 2" in told
         assert "characters a token" in told
+        assert "tokenizer of 300 tokens (byte-level BPE of 300 trained on the sources)" in told
         assert "skipped, not UTF-8 text: 1 files" in told
         assert (tmp_path / "out" / "train" / "code-00000.bin").is_file()

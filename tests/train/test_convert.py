@@ -69,6 +69,6 @@ def test_progress_is_a_bar_or_lines(terminal: bool, capsys: pytest.CaptureFixtur
         assert "3.0/3.0 kB" in shown
     else:
         assert shown.splitlines() == [
-            "writing a.safetensors · 1KB of 3KB",
+            "writing a.safetensors · 2KB of 3KB",
             "writing b.safetensors · 3KB of 3KB",
         ]

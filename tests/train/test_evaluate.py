@@ -13,6 +13,7 @@ from model.init import initialize
 from model.transformer import Transformer
 from tests.model.small import small
 from tests.train.tiny_run import make_run
+from train.convert import main as convert
 from train.evaluate import evaluate, main
 from train.evaluation.continuation import CachedScorer
 from train.evaluation.position_loss import position_edges, position_losses
@@ -114,6 +115,26 @@ def test_the_command_prints_tables_and_writes_the_result(
     stored = json.loads((run_dir / "evaluations" / "long-manual.json").read_text())
     assert stored == json.loads((tmp_path / "out.json").read_text())
     assert (stored["when"], stored["step"], stored["tokens"]) == ("manual", 7, 7360)
+
+
+def test_a_model_without_a_corpus_is_measured_on_one_that_is_named(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an imported one is: with the text of the run that it came from, the same figures."""
+    main([str(run_dir), "--tokens", "512", "--json", str(tmp_path / "own.json"), "--device", "cpu"])
+    convert(["to-hf", str(run_dir), str(tmp_path / "hf")])
+    convert(["from-hf", str(tmp_path / "hf"), str(tmp_path / "imported")])
+    arguments = [str(tmp_path / "imported"), "--length", "256", "--tokens", "512", "--device", "cpu"]
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "use --corpus FOLDER" in capsys.readouterr().err
+    corpus = load_model(run_dir).config.data.validation
+    main([*arguments, "--corpus", str(corpus), "--json", str(tmp_path / "other.json")])
+    own, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("own", "other"))
+    assert other["held_out"]["loss"] == pytest.approx(own["held_out"]["loss"], rel=1e-5)
+    # the baselines are counted in samples, which another seed draws in another order
+    assert other["held_out"]["unigram"] == pytest.approx(own["held_out"]["unigram"], rel=0.01)
 
 
 def test_another_stage_and_length(run_dir: Path) -> None:

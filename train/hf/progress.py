@@ -19,16 +19,20 @@ def byte_progress(console: Console, *, verb: str, total_bytes: int) -> Iterator[
         with _bar(console, verb=verb, total_bytes=total_bytes) as advance:
             yield advance
         return
-    done = {"bytes": 0, "file": ""}
+    by_file: dict[str, int] = {}
+
+    def tell() -> None:
+        share = f"{quantity(sum(by_file.values()))}B of {quantity(total_bytes)}B"
+        console.print(f"{verb} {list(by_file)[-1]} · {share}", markup=False, highlight=False, soft_wrap=True)
 
     def advance_plain(file: str, num_bytes: int) -> None:
-        done["bytes"] += num_bytes
-        if file != done["file"]:
-            done["file"] = file
-            share = f"{quantity(done['bytes'])}B of {quantity(total_bytes)}B"
-            console.print(f"{verb} {file} · {share}", markup=False, highlight=False, soft_wrap=True)
+        if by_file and file not in by_file:
+            tell()
+        by_file[file] = by_file.get(file, 0) + num_bytes
 
     yield advance_plain
+    if by_file:
+        tell()
 
 
 @contextmanager

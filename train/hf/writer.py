@@ -64,7 +64,7 @@ def write_shards(
         # Stacked experts often end in the next shard: keep what is still needed, read the rest.
         held = {name: tensor for name, tensor in held.items() if name in needed}
         held |= read_sources([name for name in needed if name not in held])
-        save_file(_fill(shard, held, encoding), folder / shard.file, metadata={"format": "pt"})
+        _save(_fill(shard, held, encoding), folder / shard.file)
         written(shard)
     index = {
         "metadata": {"total_size": sum(shard.num_bytes for shard in shards)},
@@ -76,6 +76,13 @@ def write_shards(
         },
     }
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # as the user's umask says; safetensors leaves its files to their owner alone
 
 
 def _fill(shard: Shard, sources: dict[str, Tensor], encoding: Encoding) -> dict[str, Tensor]:

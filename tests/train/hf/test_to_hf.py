@@ -1,6 +1,7 @@
 """Exports against transformers as the reader."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,13 @@ def test_shards_are_filled_one_at_a_time(dtype: ExportType, tmp_path: Path) -> N
     assert twice == {"embed.weight", "head.weight"}  # for their copies in the MTP module
     folder = HfFolder.open(tmp_path)
     folder.check(hf_tensors(config), ignored=lambda name: False)
+
+
+def test_files_are_for_whom_the_umask_says(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", tiny())
+    before = os.umask(0o027)
+    try:
+        convert("to-hf", tmp_path / "run", tmp_path / "hf")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "hf").iterdir()} == {0o640}
