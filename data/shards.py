@@ -7,6 +7,7 @@ and holds as long as both files keep their size and modification time, so that l
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,9 @@ def examine(reader: IndexedReader, *, eos_id: int) -> ShardFacts:
     try:
         temporary.write_text(json.dumps({"state": state, "facts": asdict(facts)}, indent=1))
         temporary.replace(cache)
-    except OSError:
-        pass  # a read-only corpus is examined again by every run; nothing else is lost
+    except OSError:  # a corpus that is read-only or full is examined again by every run; nothing else is lost
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return facts
 
 

@@ -17,23 +17,26 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-from train.errors import EXIT_BAD_INPUT, exit_cleanly
+from train.errors import RunError, exit_cleanly
 
 COMMANDS = ("plan", "dryrun", "preflight", "calibrate", "local", "submit")
 
 
 def main() -> None:
     """Run the command that the first argument names with the arguments behind it."""
+    with exit_cleanly():
+        _run()
+
+
+def _run() -> None:
     name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("-h", "--help"):
         print(__doc__)
         return
     if name not in COMMANDS:
-        print(f"error: python -m launch {name}: unknown; use one of {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        raise RunError(f"python -m launch {name}: unknown; use one of {', '.join(COMMANDS)}")
     run: Callable[[list[str]], None] = import_module(f"launch.{name}.command").main
-    with exit_cleanly():
-        run(rest)
+    run(rest)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from parallel.checks import split_over_tp
 from parallel.config import Context, Dispatcher, Engine, ParallelConfig, Schedule
 from parallel.nearest import divisors
 from parallel.pipeline.rules import INTERLEAVED, num_stages, schedule_problems
+from parallel.placement import is_legal
 from parallel.planner import Task
 
 CHUNKS = (2, 4)
@@ -46,6 +47,8 @@ def candidates(
         if not _degrees_fit(task, base, pp=pp, tp=tp, cp=cp, node_size=node_size):
             continue
         dp = world // (pp * tp * cp)
+        if "dp" in fixed and base.dp not in (None, dp):
+            continue
         sizes = [n for n in options("microbatch_size", _microbatch_sizes(base)) if _whole(task, dp * n)]
         experts = gcd(task.model.moe.num_experts, dp * cp * tp)
         for ep, size in product(options("ep", divisors(experts)), sizes):
@@ -69,7 +72,7 @@ def _variants(
     for schedule, chunks in _schedules(layout, fixed):
         stages = num_stages(schedule, pp=layout.pp, chunks=chunks) if layout.pp > 1 else 1
         runs = layout.pp == 1 or _schedule_runs(schedule, layout.pp, chunks, counts)
-        if task.model.num_layers < stages - 2 or not runs:
+        if not _placed(task, layout, stages) or not runs:
             continue
         for dispatcher, recompute, context in product(dispatchers, modes, contexts):
             yield replace(
@@ -80,6 +83,14 @@ def _variants(
                 recompute=recompute,
                 context=context,
             )
+
+
+def _placed(task: Task, layout: ParallelConfig, stages: int) -> bool:
+    """Return whether every stage gets layers, by hand where the user says how many."""
+    num_layers = task.model.num_layers
+    if by_hand := layout.layers_per_stage:
+        return is_legal(by_hand, num_layers=num_layers, num_stages=stages)
+    return num_layers >= stages - 2
 
 
 def _degrees_fit(task: Task, base: ParallelConfig, *, pp: int, tp: int, cp: int, node_size: int) -> bool:

@@ -4,37 +4,45 @@
 | --- | --- |
 | 0 | done |
 | 2 | bad configuration, data, checkpoint, environment or launcher; nothing was started |
+| 2 | a file cannot be written, as on a full or read-only disk; then the same command continues |
 | 3 | too many steps in a row were not finite |
 | 4 | a process of the job died or hung; the others were ended |
 | 75 | stopped by a signal after saving; the same command continues |
+| 141 | nobody reads what the command prints (`| head`); only training goes on |
 
 A job of many processes prints a mistake that all of them make once. Rank 0 speaks first; another rank speaks,
 with its number in front, when it alone made the mistake. torchrun itself exits with 1 and lists these codes.
 """
 
+import errno
 import os
 import sys
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from model.errors import WeightsError
 from parallel.errors import EXIT_LOST, LostRankError, ProcessError
+from train.logs.output import LostOutputError, settle_output, watch_output
 
 if TYPE_CHECKING:  # importing it loads torch, which takes longer than to answer `--help`
     from parallel.process import Processes
 
 EXIT_BAD_INPUT = 2
-"""The configuration, data, checkpoint or machine does not allow what was asked; nothing was started."""
+"""The configuration, data, checkpoint, machine or disk does not allow what was asked."""
 
 EXIT_UNSTABLE = 3
 """Too many steps in a row had a non-finite loss or gradient."""
 
 EXIT_STOPPED = 75
 """A signal asked the run to stop; its state is saved and the same command continues it (EX_TEMPFAIL)."""
+
+EXIT_CLOSED_PIPE = 141
+"""Nobody reads what a command prints; 128 + SIGPIPE, as of any program that a shell ends for it."""
 
 HEAD_START_S = 1
 """How long the other processes of a job that has met leave it to rank 0 to report a mistake."""
@@ -59,7 +67,8 @@ def exit_cleanly(processes: "Processes | None" = None) -> Iterator[None]:
     command of one process, leave them out.
     """
     try:
-        yield
+        with watch_output():
+            yield
     except RunError as error:
         mistake = "" if error.exit_code == EXIT_STOPPED else "error: "
         report(f"{mistake}{error}", processes)
@@ -69,6 +78,22 @@ def exit_cleanly(processes: "Processes | None" = None) -> Iterator[None]:
         _leave(EXIT_BAD_INPUT, processes)
     except LostRankError:  # the watchdog has printed it
         _leave(EXIT_LOST, processes)
+    except LostOutputError as lost:
+        if lost.reason.errno == errno.EPIPE:
+            _leave(EXIT_CLOSED_PIPE, processes)
+        report(f"error: {lost}; {_remedy(lost.reason)}", processes)
+        _leave(EXIT_BAD_INPUT, processes)
+    finally:
+        settle_output()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise RunError when the body, which writes `path`, is refused by the system."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}; {_remedy(error)}") from error
 
 
 def report(message: str, processes: "Processes | None" = None) -> None:
@@ -86,7 +111,9 @@ def report(message: str, processes: "Processes | None" = None) -> None:
     else:
         rank = str(processes.rank)
         said = _said(message, processes)
-    if not said:
+    if said:
+        return
+    with suppress(OSError, LostOutputError):  # nobody is left to read it; the code still says it
         print(message if rank == "0" else f"rank {rank}: {message}", file=sys.stderr)
 
 
@@ -105,7 +132,11 @@ def _said(message: str, processes: "Processes") -> bool:
 def _leave(code: int, processes: "Processes | None") -> None:
     if processes is not None and processes.world_size > 1:
         # Ending the interpreter would tear down process groups, which waits for the others, or complains.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        settle_output()
         os._exit(code)
     sys.exit(code)
+
+
+def _remedy(refusal: OSError) -> str:
+    full = refusal.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{'make room' if full else 'make it writable'}, then give the same command again"

@@ -25,8 +25,9 @@ from data.heldout import HeldOut
 from data.tokenizer import Tokenizer
 from model.transformer import Transformer
 from train.build import pick_device
+from train.checkpoints.durable import replace_durably
 from train.config import RunConfig
-from train.errors import RunError, exit_cleanly
+from train.errors import RunError, exit_cleanly, writing
 from train.evaluation.continuation import CachedScorer
 from train.evaluation.needle import even_depths, halvings, needle_grid
 from train.evaluation.position_loss import position_edges, position_losses
@@ -140,12 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tokens=progress["tokens"],
             when="manual",
         )
-        print_evaluation(result, Console())
         checkpoints = loaded.saved.path.parent
         if checkpoints.name == "checkpoints":
             _write(checkpoints.parent / "evaluations" / f"{stage_name}-manual.json", result)
         if options.json is not None:
             _write(options.json, result)
+        print_evaluation(result, Console())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -193,11 +194,8 @@ def _adjusted(loaded: LoadedModel, options: argparse.Namespace) -> tuple[RunConf
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error}; name a file in a writable folder") from error
+    with writing(path):
+        replace_durably(path, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from train.config import RunConfig
 from train.errors import RunError, exit_cleanly
 from train.load import LoadedModel, load_model
 from train.text_stream import TextStream
+from train.validate import seed_problems
 
 SEQUENCES_PER_BATCH = 16
 """Texts that are generated together; a text does not depend on it, up to rounding."""
@@ -185,6 +186,7 @@ def _check_options(options: argparse.Namespace, rule: SamplingRule) -> None:
     for name, value in (("--max-new-tokens", options.max_new_tokens), ("--count", options.count)):
         if value < 1:
             problems.append(f"{name}={value} must be at least 1; use {name}=1")
+    problems += seed_problems("--seed", options.seed)
     if problems:
         raise RunError("; ".join(problems))
 

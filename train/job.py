@@ -14,15 +14,16 @@ from data.loader import Batches
 from parallel.checks import layout_of
 from parallel.mesh import build_mesh
 from train.build import StageParts, build_stage, check_multipliers
+from train.checkpoints.durable import replace_durably
 from train.checkpoints.manager import CheckpointManager, newest_intact
 from train.checkpoints.manifest import SavedCheckpoint
 from train.config import CarryOver, RunConfig
-from train.errors import EXIT_STOPPED, RunError
+from train.errors import EXIT_STOPPED, RunError, writing
 from train.evaluation.stages import evaluate_stage, forget_later
 from train.init_from import load_initial_weights
 from train.load import find_checkpoint
 from train.logs.sinks import Sinks, open_sinks
-from train.resume import check_resumable, fingerprint
+from train.resume import check_resumable, continuation, fingerprint
 from train.signals import StopRequest
 from train.stages import previous, remaining, source_weights
 from train.state import TrainState
@@ -67,12 +68,12 @@ class Job:
             group=team.world,
         )
 
-    def open_data(self, stage: str, *, start: dict[str, int]) -> TrainingData:
+    def open_data(self, stage: str, *, start: dict[str, int], seed: int | None = None) -> TrainingData:
         """Open the training data of `stage`, whose sources begin at the tokens `start`."""
         config = self.config
         return TrainingData(
             config.data,
-            seed=config.seed,
+            seed=config.seed if seed is None else seed,
             seq_len=config.stages[stage].seq_len,
             extra_tokens=1 + config.model.num_mtp_layers,
             weights=source_weights(config, config.stages[stage]),
@@ -89,8 +90,8 @@ class Job:
             )
 
     def data_fingerprint(self, stage: str) -> str:
-        """Return what identifies the corpus and its order."""
-        return self.open_data(stage, start={}).fingerprint()
+        """Return what identifies the corpus and its order, under the seed that the run was started with."""
+        return self.open_data(stage, start={}, seed=self.state.fingerprint.get("seed")).fingerprint()
 
     def train(self, stop: StopRequest, console: Console) -> None:
         """Train every remaining stage to its end and measure it; RunError when stopped or unstable."""
@@ -98,7 +99,7 @@ class Job:
             self.checkpoints.keep(self.newest)  # a budget lowered below what was trained ends the stage here
         if not self.todo:
             return
-        self.team.lead(self.open_run_dir)
+        self.team.lead(lambda: self.open_run_dir(console))
         with self.sinks() as sinks:
             for stage in self.todo:
                 self.train_stage(stage, sinks, stop)
@@ -111,10 +112,14 @@ class Job:
                         exit_code=EXIT_STOPPED,
                     )
 
-    def open_run_dir(self) -> None:
-        """Write down what is about to run, and drop the results of steps that will be repeated."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(config_text(self.config), encoding="utf-8")
+    def open_run_dir(self, console: Console) -> None:
+        """Say and write down what is about to run, and drop the results of steps that will be repeated."""
+        if self.newest:
+            line = continuation(self.newest, self.config)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        path = self.run_dir / "config.yaml"
+        with writing(path):
+            replace_durably(path, config_text(self.config))
         forget_later(self.run_dir, step=self.state.step)
 
     def sinks(self) -> Sinks:

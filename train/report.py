@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import median
 
 from model.cost import active_parameters, parameters
-from train.errors import RunError, exit_cleanly
+from train.checkpoints.durable import replace_durably
+from train.errors import RunError, exit_cleanly, writing
 from train.logs.console import duration, quantity
 from train.reporting.balance import balance_panels
 from train.reporting.beside import beside_panels
@@ -27,17 +28,19 @@ from train.stored_config import config_text
 
 
 def write_report(run_dir: Path, *, beside: Sequence[Path] = ()) -> Path:
-    """Write `run_dir`/report.html and return its path. Raises RunError when a file of a run is damaged."""
+    """Write `run_dir`/report.html and return its path.
+
+    Raises RunError when a file of a run is damaged, or the report cannot be written.
+    """
     run = read_run(run_dir)
     others = [read_run(other) for other in beside]
     names = [each.config.name for each in (run, *others)]
     if len(set(names)) < len(names):
         raise RunError(f"--beside: runs are told apart by name, but these are {', '.join(names)}; rename one")
     path = run_dir / "report.html"
-    # Written aside first: a report that is open in a browser is never seen half written.
-    draft = path.with_suffix(".html.part")
-    draft.write_text(report_page(run, others), encoding="utf-8")
-    draft.replace(path)
+    page = report_page(run, others)
+    with writing(path):
+        replace_durably(path, page)  # a report that is open in a browser is never seen half written
     return path
 
 

@@ -16,6 +16,7 @@ from train.build import pick_device
 from train.config import RunConfig
 from train.evaluation.stages import evaluate_stage
 from train.job import Job
+from train.logs.output import outlive_readers
 from train.machine import find_machine
 from train.report import write_report
 from train.reporting.summary import closing_table
@@ -34,7 +35,7 @@ def run(config: RunConfig) -> None:
     run_dir = Path(config.root) / config.name
     device = pick_device(config, local_rank=local_rank)
     joined = assemble(os.environ, device=device, timeout_s=config.parallel.timeout_s)
-    with joined as team, ExitStack() as held:
+    with outlive_readers(), joined as team, ExitStack() as held:
         team.lead(lambda: held.enter_context(only_process(run_dir)))
         _run(config, run_dir, team)
 

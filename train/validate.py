@@ -39,6 +39,13 @@ def problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def seed_problems(name: str, seed: int) -> Iterator[str]:
+    """Yield why `seed`, which the user calls `name`, cannot be one."""
+    # NumPy takes none below 0 and torch 64 bits at most; steps and texts count on from it.
+    if not 0 <= seed < 2**62:
+        yield f"{name}={seed} must lie in [0, 2**62); use 0"
+
+
 def _section_problems(section: object, path: str) -> Iterator[str]:
     own = getattr(section, "problems", None)
     if own is not None:
@@ -71,6 +78,7 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
         yield f"device={config.device} is unknown; use auto, cpu or cuda"
     if not config.name or "/" in config.name:
         yield f"name={config.name!r} must be one folder name; set root= for another place"
+    yield from seed_problems("seed", config.seed)
     for name, stage in config.stages.items():
         if not re.fullmatch(r"[\w.-]+", name):  # it becomes the name of files, and follows @ in RUN@STAGE
             yield f"stages: {name!r} names files; use letters, digits, '_', '-' and '.'"

@@ -5,7 +5,7 @@ asked for: how much memory it needs and when, its FLOPs, and what it sends.
 
     python -m launch dryrun recipe=deepseek_v3
     python -m launch dryrun recipe=deepseek_v3 --rank 1024 --stage extend_32k --json
-    python -m launch dryrun recipe=v3_16b parallel=ep8 cluster=h100 --world-size 8 --imbalance 2
+    python -m launch dryrun recipe=v3_16b --imbalance 2
 
 Exit codes: 0 the question is answered, whether it fits or not; 2 the request is wrong.
 """

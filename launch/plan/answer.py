@@ -1,8 +1,10 @@
 """The answer to a question: the best layouts of each stage beside its own, hours, days and cost."""
 
 from dataclasses import dataclass
+from math import ceil
 
 from launch.plan.question import Question, broken_rules
+from parallel.config import ParallelConfig
 from parallel.pipeline.rules import INTERLEAVED
 from parallel.planner import HOUR, Plan
 from parallel.rates import GIGA
@@ -20,6 +22,7 @@ SHOWN = (
     "dispatcher",
     "recompute",
     "microbatch_size",
+    "layers_per_stage",
 )
 """Fields that tell layouts apart."""
 
@@ -59,6 +62,10 @@ class StageAnswer:
         """Return whether a plan is the configured layout."""
         return self.own is not None and _same(plan, self.own)
 
+    def overrides(self, plan: Plan) -> list[str]:
+        """Return what to add to the command line for the stage to have this layout."""
+        return differences(plan, self.question.own, path=f"stages.{self.question.name}.parallel")
+
     def seconds(self, plan: Plan) -> float:
         """Return the time of all steps of the stage, those of a ramp included."""
         return sum(count * plan.step(size).seconds for size, count in self.question.steps.items() if count)
@@ -77,13 +84,20 @@ def answer(question: Question, *, count: int) -> StageAnswer:
     return StageAnswer(question=question, found=found, own=own, own_problems=problems)
 
 
-def differences(plan: Plan, own: Plan | None) -> list[str]:
-    """Return the overrides that turn the configured layout into this one."""
-    given = [name for name in SHOWN if own is None or _value(plan, name) != _value(own, name)]
-    overrides = [f"parallel.{name}={_value(plan, name)}" for name in given if _value(plan, name) is not None]
-    if own is not None and own.parallel.layers_per_stage and plan.layers != own.layers:
-        overrides.append("parallel.layers_per_stage=[]")
-    return overrides
+def differences(plan: Plan, present: ParallelConfig, *, path: str = "parallel") -> list[str]:
+    """Return the overrides that turn the layout at `path` of a configuration into this one."""
+    found = {name: value for name in SHOWN if (value := _value(plan.parallel, name)) != _value(present, name)}
+    if present.dp not in (None, plan.layout.dp):
+        found["dp"] = "null"
+    if present.node_size != plan.parallel.node_size:
+        found["node_size"] = plan.parallel.node_size
+    return [f"{path}.{name}={_written(value)}" for name, value in found.items() if value is not None]
+
+
+def described(plan: Plan) -> str:
+    """Return a layout in the words of its configuration, without what does nothing."""
+    values = {name: _value(plan.parallel, name) for name in SHOWN}
+    return " ".join(f"parallel.{name}={_written(value)}" for name, value in values.items() if value)
 
 
 def _own(question: Question) -> tuple[Plan | None, list[str]]:
@@ -113,17 +127,16 @@ def _nothing(question: Question, found: Found, problems: list[str]) -> str:
             [f"stage {question.name}: no layout of {question.task.world_size} devices is legal:", *lines]
         )
     smallest = found.smallest
-    needed = smallest.peak_memory / GIGA + question.task.cluster.memory_reserve_gb
+    needed = ceil(smallest.peak_memory / GIGA + question.task.cluster.memory_reserve_gb)
     lines.append(
-        f"  the layout that needs least, {' '.join(differences(smallest, None))}, {too_large(smallest)}; use "
-        f"a card with at least {needed:.0f} GB, more devices, or fewer fixed keys"
+        f"  the layout that needs least, {described(smallest)}, {too_large(smallest)}; use "
+        f"a card with at least {needed} GB, more devices, or fewer fixed keys"
     )
     return "\n".join([f"stage {question.name}: no layout fits {question.task.cluster.name}:", *lines])
 
 
-def _value(plan: Plan, name: str) -> object:
-    """Return a field of the layout; None where it does nothing."""
-    p = plan.parallel
+def _value(p: ParallelConfig, name: str) -> object:
+    """Return a field of a layout; None where it does nothing."""
     idle = {
         "schedule": p.pp == 1,
         "chunks": p.pp == 1 or p.schedule not in INTERLEAVED,
@@ -133,5 +146,13 @@ def _value(plan: Plan, name: str) -> object:
     return None if idle.get(name, False) else getattr(p, name)
 
 
+def _written(value: object) -> str:
+    """Return a value as Hydra reads it, in one word of a command line."""
+    return str(value).replace(" ", "")
+
+
 def _same(one: Plan, other: Plan) -> bool:
-    return one.layers == other.layers and all(_value(one, name) == _value(other, name) for name in SHOWN)
+    """Return whether two plans are one layout; a cut by hand that is the balanced one makes no difference."""
+    names = [name for name in SHOWN if name != "layers_per_stage"]
+    alike = all(_value(one.parallel, name) == _value(other.parallel, name) for name in names)
+    return alike and one.layers == other.layers

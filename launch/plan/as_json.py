@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from launch.plan.answer import SHOWN, StageAnswer, differences
+from launch.plan.answer import SHOWN, StageAnswer
 from launch.plan.published import STAGE_COSTS, Comparison
 from launch.plan.sensitivity import Effect
 from launch.plan.tables import is_published
@@ -95,7 +95,7 @@ def _stage(answer: StageAnswer) -> dict[str, Any]:
         "own_problems": answer.own_problems,
         "runs_as_configured": answer.own is not None and not answer.own_problems,
         "layouts": [
-            plan_json(plan) | {"overrides": differences(plan, answer.own), "own": answer.is_own(plan)}
+            plan_json(plan) | {"overrides": answer.overrides(plan), "own": answer.is_own(plan)}
             for plan in answer.plans
         ],
         "legal_layouts": answer.found.num_legal,

@@ -42,6 +42,9 @@ def read_measured(run_dir: Path, *, world_size: int | None) -> list[Measured]:
 
     world_size: processes of the run; None for the cluster's devices, or the fewest that the layout needs.
     """
+    if not run_dir.is_dir():
+        what = "is a file" if run_dir.is_file() else "does not exist"
+        raise RunError(f"--metrics={run_dir} {what}; give the folder of a run that has started: runs/smoke")
     run = read_run(run_dir)
     if not run.records:
         raise RunError(f"{run_dir}/metrics.jsonl has no step yet; nothing to compare a plan with")

@@ -14,6 +14,8 @@ from parallel.planner import Plan
 from parallel.rates import GIGA
 
 HOURS_OF_A_DAY = 24
+CUT = "cut: layers on stages by hand, layers_per_stage"
+"""What a mark on a layout means."""
 
 
 def ranking(answer: StageAnswer) -> Table:
@@ -146,11 +148,11 @@ def is_published(answer: StageAnswer) -> bool:
 
 
 def degrees(p: ParallelConfig, dp: int) -> str:
-    """Return the degrees that are not 1 (cpu: cp with context=ulysses), and the microbatch size."""
+    """Return the degrees that are not 1 (cpu: cp with context=ulysses), and the rest of a row's name."""
     cp = f"cp{'u' if p.context is Context.ulysses else ''}"
     named = {"pp": p.pp, "ep": p.ep, "tp": p.tp, cp: p.cp, "dp": dp}
     shown = [f"{name}{degree}" for name, degree in named.items() if degree > 1]
-    return " ".join([*shown, f"mb{p.microbatch_size}"])
+    return " ".join([*shown, f"mb{p.microbatch_size}", *["cut"] * bool(p.layers_per_stage)])
 
 
 def schedule_name(p: ParallelConfig) -> str:

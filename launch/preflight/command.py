@@ -4,7 +4,7 @@ Takes the overrides of `python -m train` and joins its processes as training wou
 check then runs, whatever the others found, and all problems are listed with their remedies.
 
     python -m launch preflight recipe=smoke
-    torchrun --nproc-per-node 8 -m launch preflight recipe=v3_16b parallel=ep8
+    torchrun --nproc-per-node 8 -m launch preflight recipe=v3_16b
     srun … python -m launch preflight recipe=deepseek_v3 --json > preflight.json
 
 Exit codes: 0 fit, 2 something is wrong, 4 a process died or hung; one message says which, and in which check

@@ -17,7 +17,7 @@ def main() -> None:
     for name, meaning in (
         ("forward", "a forward pass"),
         ("input", "the gradients of inputs"),
-        ("weight", "of weights"),
+        ("weight", "the gradients of weights"),
     ):
         parser.add_argument(f"--{name}", type=float, default=1.0, help=f"time of {meaning} through a stage")
     parser.add_argument("--overlapped", type=float, help="time of a forward and a backward pass joined")

@@ -68,6 +68,14 @@ def test_memory_tells_kinds_by_what_becomes_of_them() -> None:
     assert peak.by_kind[Kind.TEMPORARIES] == 1011
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain_4k", "extend_32k", "extend_128k"])
+def test_a_node_of_eight_has_room_for_v3_16b(stage: str) -> None:
+    request = asked("recipe=v3_16b", "--stage", stage)
+    assert request.world_size == request.config.cluster.num_devices == 8
+    assert run_rank(request, 0).peak.total < 1e9 * (request.config.cluster.usable_gb or 0)
+
+
 PLACES = {"ep": 1, "ep_inter": 1, "ep_intra": 2}
 TWO_HOP = ParallelConfig(ep=16, dispatcher=Dispatcher.two_hop, node_size=4)
 

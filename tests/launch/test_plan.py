@@ -98,6 +98,45 @@ def test_overrides_of_a_layout_turn_the_recipe_into_it(capsys):
     assert again["own"]["step_seconds"] == pytest.approx(best["step_seconds"])
 
 
+def test_overrides_are_those_of_the_stage_whose_own_keys_would_win(capsys):
+    argv = ["recipe=v3_16b", "--layouts", "1"]
+    stage = answer(capsys, *argv)["stages"][1]
+    best = stage["layouts"][0]
+    assert not best["own"]
+    again = answer(capsys, *argv, *best["overrides"])["stages"][1]
+    assert again["own"]["layout"] == best["layout"]
+
+
+def test_a_cut_by_hand_is_marked_and_held(capsys):
+    held = [f"parallel.{key}" for key in ("pp=2", "ep=1", "schedule=1f1b", "recompute=none", "tp=1", "cp=1")]
+    argv = [*SMOKE, *held, "parallel.microbatch_size=1", "--layouts", "2"]
+    cut = "parallel.layers_per_stage=[1,3]"
+    found = answer(capsys, *argv, cut)["stages"][0]
+    assert [each["layout"]["layers_per_stage"] for each in found["layouts"]] == [[1, 3]]
+    assert found["layouts"][0]["layers_per_stage"] == [1, 3]
+    (row,) = [line for line in output(capsys, *argv, cut).splitlines() if "* pp2" in line]
+    assert " cut " in row
+    assert " cut" not in output(capsys, *argv)
+
+
+def test_a_balanced_layout_beside_a_cut_by_hand_says_how_to_get_it(capsys):
+    argv = [*PUBLISHED, "--layouts", "2"]
+    text = output(capsys, *argv)
+    assert "* pp16 ep64 dp128 mb1 cut " in text
+    assert "  pp16 ep64 dp128 mb1  " in text
+    assert "cut: layers on stages by hand" in text
+    stage = answer(capsys, *argv)["stages"][0]
+    (balanced,) = [each for each in stage["layouts"] if not each["own"]]
+    assert balanced["overrides"] == ["stages.pretrain_4k.parallel.layers_per_stage=[]"]
+
+
+@pytest.mark.parametrize("cut", ["[2,1]", "[4,0,0]", "[-1,5]"])
+def test_a_cut_that_does_not_fit_is_refused_in_words(cut):
+    found = refusal(*SMOKE, "parallel.pp=2", f"parallel.layers_per_stage={cut}")
+    assert "must give each of 2 stages its layers" in found
+    assert "use [] to balance by cost" in found
+
+
 def test_the_published_run_is_predicted_within_15_percent(capsys):
     found = answer(capsys, *PUBLISHED, "--layouts", "1")
     own = found["stages"][0]["own"]
@@ -142,6 +181,21 @@ def test_metrics_of_a_run_stand_beside_the_prediction(tmp_path, capsys):
     text = output(capsys, "--metrics", str(tmp_path))
     assert "900" in text
     assert "2.15" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--published", "recipe=smoke"], "leave out recipe=smoke"),
+        (["--published", "--world-size", "8", "--layouts", "3"], "leave out --world-size, --layouts"),
+        (["--published", "--metrics", "runs/smoke"], "leave out --metrics"),
+        (["--metrics", "runs/smoke", "seed=1", "--imbalance", "2"], "leave out seed=1, --imbalance"),
+        (["--metrics", str(ROOT / "README.md")], "README.md is a file; give the folder of a run"),
+        (["--metrics", "nowhere"], "--metrics=nowhere does not exist; give the folder of a run"),
+    ],
+)
+def test_a_comparison_refuses_what_it_would_not_read(argv, said):
+    assert said in refusal(*argv)
 
 
 def test_steps_of_a_ramp_are_those_of_training():

@@ -11,9 +11,13 @@ from model.cost import (
     active_mtp_parameters,
     active_parameters,
     block_input_bytes_per_token,
+    down_projections,
     flops_per_token,
     gradient_bytes,
+    head_flops_per_token,
     latent_cache_bytes_per_token,
+    layer_flops_per_token,
+    layer_parameters,
     main_flops_per_token,
     mtp_parameters,
     num_moe_layers,
@@ -108,6 +112,9 @@ def test_parameter_count_is_that_of_the_real_model(config: ModelConfig) -> None:
     assert parameters(config).head == sizes["head.weight"]
     counted = parameters(config) + mtp_parameters(config)
     assert counted.norms == sum(n for name, n in sizes.items() if "norm" in name)
+    assert counted.mtp_projection == sum(n for name, n in sizes.items() if ".eh_proj." in name)
+    to_latents = ("layers.0.attn.wq_a.weight", "layers.0.attn.wkv_a.weight")  # without a query latent, one
+    assert down_projections(config) == sum(sizes.get(name, 0) for name in to_latents)
     assert counted.gate == sum(n for name, n in sizes.items() if ".gate." in name)
     assert counted.routed_experts == sum(n for name, n in sizes.items() if ".experts." in name)
     assert counted.shared_experts == sum(n for name, n in sizes.items() if ".shared_experts." in name)
@@ -148,6 +155,17 @@ def test_flops_are_those_of_the_products_a_token_enters(config: ModelConfig) -> 
         scores = 2 * a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim) * seq_len
         forward += (scores + 2 * a.num_heads * a.v_head_dim * seq_len) // 2  # the causal half
     assert flops_per_token(config, seq_len) == 3 * forward
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_layers_and_head_make_up_the_main_model(config: ModelConfig) -> None:
+    """The placement of layers on stages weighs them one by one."""
+    layers = range(config.num_layers)
+    parts = sum(layer_parameters(config, layer).total for layer in layers)
+    ends = parameters(config).embedding + parameters(config).head + config.hidden_size
+    assert parts + ends == parameters(config).total
+    flops = sum(layer_flops_per_token(config, layer, 20) for layer in layers)
+    assert flops + head_flops_per_token(config) == main_flops_per_token(config, 20)
 
 
 def test_latent_cache_of_deepseek_v3_is_576_numbers_per_layer_and_token() -> None:

@@ -6,9 +6,10 @@ import pytest
 
 from model.config import Recompute
 from parallel.candidates import candidates
-from parallel.checks import layout_problems
+from parallel.checks import layout_of, layout_problems
 from parallel.config import ParallelConfig, Schedule
 from parallel.floors import floor_seconds
+from parallel.placement import count_stages
 from parallel.planner import Plan
 from parallel.search import search
 from tests.parallel.planned import CARD, MODEL, task
@@ -61,6 +62,27 @@ def test_fixed_fields_are_held():
     assert found
     assert {(c.pp, c.schedule, c.recompute) for c in found} == {(2, Schedule.zbv, Recompute.core)}
     assert len({c.ep for c in found}) > 1
+
+
+@pytest.mark.parametrize("by_hand", [[3, 3], [1, 2, 2, 1], [0, 3, 3, 0]])
+def test_a_cut_by_hand_is_held_where_it_fits(by_hand):
+    assert MODEL.num_layers == sum(by_hand)
+    base = replace(BASE, layers_per_stage=by_hand)
+    found = list(candidates(task(), base=base, fixed=frozenset({"layers_per_stage"})))
+    assert {count_stages(each) for each in found} == {len(by_hand)}
+    assert all(each.layers_per_stage == by_hand for each in found)
+    assert all(Plan(task(), each).peak_memory > 0 for each in found[:3])
+
+
+@pytest.mark.parametrize("by_hand", [[3, 2], [3, 0, 2, 1], [7, -1]])
+def test_a_cut_by_hand_that_is_illegal_has_no_candidates(by_hand):
+    base = replace(BASE, layers_per_stage=by_hand)
+    assert list(candidates(task(), base=base, fixed=frozenset({"layers_per_stage"}))) == []
+
+
+def test_data_parallelism_is_held():
+    found = list(candidates(task(), base=replace(BASE, dp=2), fixed=frozenset({"dp"})))
+    assert {layout_of(each, task().world_size).dp for each in found} == {2}
 
 
 def test_no_floor_lies_above_its_step():

@@ -99,6 +99,8 @@ def test_text_ends_at_the_length_of_the_stage(run_dir: Path, capsys: pytest.Capt
         (["--prompt", "x", "--top-p", "0"], "--top-p=0.0 must lie in (0, 1]"),
         (["--prompt", "x", "--count", "0"], "--count=0 must be at least 1"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens=0 must be at least 1"),
+        (["--prompt", "x", "--seed", "-1"], "--seed=-1 must lie in [0, 2**62); use 0"),
+        (["--prompt", "x", "--seed", str(10**27)], f"--seed={10**27} must lie in [0, 2**62)"),
         (["--file", "/nowhere/prompts.txt"], "cannot be read"),
         (["--prompt", "x", "--file", "y"], "not allowed with argument"),
         ([], "one of the arguments --prompt --file is required"),

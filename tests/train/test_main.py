@@ -142,5 +142,22 @@ def test_composition_can_be_looked_at_without_starting():
     assert "num_tokens: 14800000000000" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("recipe=3", "Config group override must be a string"),
+        ("recipe=large", "there is no recipe/large; use deepseek_v3"),
+        ("parallel.schedule=gpip", "expected one of [gpipe, 1f1b"),
+    ],
+)
+def test_what_hydra_refuses_is_one_line(override, words):
+    arguments = [sys.executable, "-m", "train", override]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert done.stderr.startswith("error: configuration: ")
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def metrics_lines(path):
     return path.read_text(encoding="utf-8").splitlines()

@@ -1,9 +1,14 @@
 """Every recipe composes to its golden file, breaks no rule, and says what the reports say."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+from launch.plan.question import questions
 from model.config import YarnConfig
 from parallel.checks import layout_of
+from parallel.planner import Plan
 from tests.golden.compose import FOLDER, RECIPES, compose_run, golden_text
 from tests.golden.config_reference import PAGE, page
 from train.schedule import batch_size_at, lr_at, num_steps, steps_value
@@ -100,6 +105,40 @@ def test_smoke_is_v3_scaled_down():
         (40.0, 128),
         (40.0, 128),
     ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_stage_fits_the_recipes_own_cluster(recipe):
+    published = ["precision=fp8_triton"] if recipe == "deepseek_v3" else []  # in BF16 it does not fit
+    config = compose_run(f"recipe={recipe}", *published)
+    assert config.cluster.memory_gb is not None
+    for question in questions(config, overrides=(), world_size=config.cluster.num_devices or 1):
+        plan = Plan(question.task, question.own)
+        assert question.problems == []
+        assert plan.fits, f"{question.name}: {plan.peak_memory / 1e9:.1f} GB, use a layout of `launch plan`"
+
+
+def test_v3_16b_is_for_one_node_and_says_so():
+    config = compose_run("recipe=v3_16b")
+    assert (config.cluster.num_devices, config.cluster.node_size) == (8, 8)
+    assert problems(config, world_size=16) == []  # several nodes go on from there
+    found = problems(config, world_size=1)
+    assert len(found) == len(config.stages)
+    assert all("8 processes" in line for line in found)
+
+
+def test_all_choices_of_every_group_are_documented():
+    configs = Path(__file__).resolve().parents[2] / "configs"
+    choices = {
+        group.name: {file.stem for file in group.glob("*.yaml")}
+        for group in configs.iterdir()
+        if group.is_dir() and any(group.glob("*.yaml"))
+    }
+    table = PAGE.read_text(encoding="utf-8").partition("| group | choices |")[2].partition("\n\n")[0]
+    rows = (row.split("|")[1:3] for row in table.splitlines()[2:])
+    named = {group.strip(" `"): set(re.findall(r"`([a-z0-9_]+)`", listed)) for group, listed in rows}
+    assert named == choices
+    assert set(RECIPES) == choices["recipe"]
 
 
 def test_the_configuration_reference_is_true():

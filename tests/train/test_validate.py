@@ -77,6 +77,14 @@ def test_a_stage_name_that_cannot_be_part_of_a_file_name_is_refused(name):
     assert line.startswith(f"stages: {name!r} names files")
 
 
+@pytest.mark.parametrize("seed", [-1, 2**62, 10**27])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    assert problems(compose_run("recipe=smoke", f"seed={seed}")) == [
+        f"seed={seed} must lie in [0, 2**62); use 0"
+    ]
+    assert problems(compose_run("recipe=smoke", f"seed={2**62 - 1}")) == []
+
+
 def test_a_run_needs_stages_and_data():
     found = problems(RunConfig(recipe="x", name="x"))
     assert any(line.startswith("stages is empty") for line in found)

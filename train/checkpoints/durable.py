@@ -7,7 +7,7 @@ SHA-256 is computed while writing, so that no second reading is needed (`sha256s
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -61,6 +61,24 @@ def write_durably(path: Path, text: str) -> FileRecord:
     with durable_file(path) as file:
         file.write(text.encode())
     return file.record
+
+
+def replace_durably(path: Path, text: str) -> None:
+    """Give a text file, and a folder for it, a new content; whatever happens, it has the old or the new one.
+
+    Raises OSError, and leaves nothing behind then.
+    """
+    # Named after the process: two may write the same report, and must not write into each other's draft.
+    draft = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.unlink(missing_ok=True)
+        write_durably(draft, text)
+        os.replace(draft, path)
+        sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:

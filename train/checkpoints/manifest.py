@@ -5,7 +5,6 @@ the order of saving, and whether it is kept for good.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 from parallel.groups import Group
 from train.checkpoints.agreement import combine, decide
-from train.checkpoints.durable import FileRecord, measure, sync_folder, write_durably
+from train.checkpoints.durable import FileRecord, measure, replace_durably, write_durably
 
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
@@ -78,12 +77,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def make_permanent(folder: Path) -> None:
     """Write a checkpoint's manifest anew, as of one that is kept for good. Raises OSError or DamagedError."""
-    scratch = folder / f"{MANIFEST_FILE}.partial"
-    scratch.unlink(missing_ok=True)
-    manifest = replace(read_manifest(folder), permanent=True)
-    write_durably(scratch, manifest.text())
-    os.replace(scratch, folder / MANIFEST_FILE)
-    sync_folder(folder)
+    replace_durably(folder / MANIFEST_FILE, replace(read_manifest(folder), permanent=True).text())
 
 
 def verify(folder: Path, *, group: Group | None = None) -> SavedCheckpoint:

@@ -5,13 +5,14 @@ measurement, and a measurement never disturbs training.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from train.checkpoints.durable import replace_durably
 from train.config import RunConfig
+from train.errors import writing
 from train.evaluate import evaluate
 from train.load import find_checkpoint, load_model
 from train.stages import previous
@@ -20,7 +21,8 @@ from train.stages import previous
 def evaluate_stage(config: RunConfig, run_dir: Path, stage: str, console: Console) -> list[dict[str, Any]]:
     """Write evaluations/<stage>-{before,after}.json and return the results that were not there already.
 
-    The first stage has no "before". A result made from the same checkpoint is kept.
+    The first stage has no "before". A result made from the same checkpoint is kept. Raises RunError when
+    one cannot be written; the next call measures it again.
     """
     if not config.evaluation.enabled or config.data.validation is None:
         return []
@@ -43,7 +45,8 @@ def evaluate_stage(config: RunConfig, run_dir: Path, stage: str, console: Consol
             tokens=progress["tokens"],
             when=when,
         )
-        _write(path, result)
+        with writing(path):
+            replace_durably(path, json.dumps(result, indent=1))
         new.append(result)
     return new
 
@@ -53,11 +56,5 @@ def forget_later(run_dir: Path, *, step: int) -> None:
     for when in ("before", "after"):
         for path in (run_dir / "evaluations").glob(f"*-{when}.json"):
             if json.loads(path.read_text(encoding="utf-8"))["step"] > step:
-                path.unlink()
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+                with writing(path):
+                    path.unlink()

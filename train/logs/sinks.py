@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -15,7 +16,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 
 from train.config import RunConfig, WandbMode
-from train.errors import RunError
+from train.errors import RunError, writing
 from train.logs.console import ConsoleSink
 from train.logs.wandb_login import logged_in, resolve_mode
 
@@ -46,18 +47,26 @@ class JsonlSink:
     Opening it for a run that continues after `resume_step` cuts off the lines of later steps, which will
     be written again, and a last line torn by a crash. Steps only ever grow, so that is one truncation:
     atomic, and independent of the length of the file. Raises RunError when a line is not a record.
+
+    A file that cannot be written ends the run by a RunError: steps would be trained and never seen. Those
+    after the last checkpoint are repeated by the next start.
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            os.truncate(path, _resume_offset(path, resume_step))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                os.truncate(path, _resume_offset(path, resume_step))
+            self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line; a float that is not finite becomes null."""
-        self._file.write(json.dumps(finite(record), allow_nan=False, separators=(",", ":")) + "\n")
-        self._file.flush()
+        line = json.dumps(finite(record), allow_nan=False, separators=(",", ":")) + "\n"
+        rest = memoryview(line.encode())
+        with writing(self._path):
+            while rest:  # a disk takes what it has room for, and refuses only the next call
+                rest = rest[self._file.write(rest) :]
 
     def evaluation(self, result: dict[str, Any]) -> None:
         """Do nothing: evaluations have files of their own."""
@@ -67,7 +76,8 @@ class JsonlSink:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
 
 class Sinks:
@@ -92,9 +102,10 @@ class Sinks:
             sink.message(text)
 
     def close(self) -> None:
-        """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
+        """Close every sink, also when one of them cannot be."""
+        with ExitStack() as closing:
+            for sink in reversed(self._sinks):
+                closing.callback(sink.close)
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +127,8 @@ def open_sinks(
     """Open the sinks that `config.logging` asks for.
 
     `resume_step` is the step the run continues after (0 for a new run), `total_tokens` the tokens of all
-    its stages. Raises RunError when metrics.jsonl is damaged or W&B cannot be reached though it must.
+    its stages. Raises RunError when metrics.jsonl is damaged or cannot be written, or when W&B cannot be
+    reached though it must.
     """
     environ = dict(os.environ)
     mode = resolve_mode(config.logging.wandb, environ)

@@ -15,8 +15,9 @@ import numpy as np
 import wandb
 from wandb.errors import Error as WandbError
 
+from train.checkpoints.durable import replace_durably
 from train.config import RunConfig, WandbMode
-from train.errors import RunError
+from train.errors import RunError, writing
 from train.reporting.run_data import needle_score
 
 MAX_BINS = 512
@@ -32,7 +33,8 @@ class WandbSink:
 
     def __init__(self, config: RunConfig, run_dir: Path, *, mode: WandbMode) -> None:
         # wandb keeps its files in a folder of this name, and elsewhere when it cannot make it.
-        (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
+        with writing(run_dir / "wandb"):
+            (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
         online = mode is WandbMode.online
         if not online:
             # Without this wandb reports on itself to its makers, which offline means a DNS look-up a run.
@@ -127,5 +129,6 @@ def run_id(run_dir: Path) -> str:
     """Return the W&B id of the run in `run_dir`; the first call chooses and stores it."""
     path = run_dir / "wandb" / "run_id"
     if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        with writing(path):
+            replace_durably(path, secrets.token_hex(4) + "\n")
     return path.read_text(encoding="utf-8").strip()

@@ -26,6 +26,12 @@ def test_every_schedule_has_its_line(
     assert by_schedule["zbv"][3] == "0.030"
 
 
+def test_each_time_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        printed(monkeypatch, capsys, "--help")
+    assert "of of" not in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_schedule_that_cannot_run_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

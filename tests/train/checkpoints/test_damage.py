@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from tests.train.checkpoints.saved import assert_holds, names, save, state
+from tests.train.small_disk import small_disk
 from train.checkpoints.manager import CheckpointManager
 from train.errors import RunError
 
@@ -121,15 +121,8 @@ def test_no_space_left_is_reported_by_the_next_call_and_the_last_checkpoint_stay
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    place = tmp_path / "tiny"
-    place.mkdir()
-    mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
-    if mount is None or os.geteuid() != 0 or subprocess.run(command, check=False).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_disk(tmp_path / "tiny", kilobytes=256) as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

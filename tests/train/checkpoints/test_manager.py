@@ -75,6 +75,20 @@ def test_training_may_go_on_while_a_checkpoint_is_written(folder: Path, held: th
     assert saved.progress["nested"] == {"list": [1]}
 
 
+def test_the_newest_checkpoint_is_the_one_still_being_written(folder: Path, held: threading.Event) -> None:
+    """A stage begins with the end of the one before it, which is written in the background."""
+    manager = CheckpointManager(folder, keep_last=2, asynchronous=True)
+    held.set()
+    save(manager, 1)
+    manager.wait()
+    held.clear()
+    save(manager, 2)
+    threading.Timer(0.3, held.set).start()
+    saved = manager.latest()
+    assert saved is not None
+    assert saved.name == "stage-00000002"
+
+
 def test_at_most_one_save_is_in_flight(folder: Path, held: threading.Event) -> None:
     manager = CheckpointManager(folder, keep_last=5, asynchronous=True)
     save(manager, 1)

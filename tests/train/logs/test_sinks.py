@@ -12,7 +12,7 @@ from tests.train.fake_run import STAGES, fake_config, fake_evaluation
 from train.config import WandbMode
 from train.errors import RunError
 from train.logs.console import ConsoleSink, duration, quantity
-from train.logs.sinks import JsonlSink, finite, open_sinks
+from train.logs.sinks import JsonlSink, Sinks, finite, open_sinks
 
 
 def record(step: int, *, stage: str = "pretrain", **changes: object) -> dict:
@@ -220,6 +220,18 @@ def test_sinks_write_everything_and_disabled_wandb_is_not_even_imported(tmp_path
     assert "hello" in done.stdout
     assert steps_in(tmp_path / "metrics.jsonl") == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_sink_that_cannot_be_closed_does_not_keep_the_others_open(tmp_path: Path):
+    class Refuses(JsonlSink):
+        def close(self) -> None:
+            raise RunError("no")
+
+    last = JsonlSink(tmp_path / "last.jsonl", resume_step=0)
+    with pytest.raises(RunError, match="no"), Sinks([Refuses(tmp_path / "first.jsonl", resume_step=0), last]):
+        pass
+    with pytest.raises(ValueError, match="closed"):
+        last.write(record(1))
 
 
 def test_online_without_a_login_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
