@@ -11,6 +11,7 @@ from data.config import DataConfig, SourceConfig
 from data.dataset import TrainingData
 from data.errors import DataError
 from data.loader import Batches
+from data.sample_order import SampleOrder
 from tests.data.corpus import make_config, random_documents, write_shard
 
 
@@ -24,7 +25,11 @@ def open_data(config: DataConfig, **changes: object) -> TrainingData:
     return TrainingData(config, **arguments)  # pyright: ignore[reportArgumentType]
 
 
-def test_order_depends_neither_on_batch_sizes_nor_on_the_resume_point(config: DataConfig) -> None:
+@pytest.mark.parametrize("window", [None, 16 * 7])
+def test_order_depends_neither_on_batch_sizes_nor_on_the_resume_point(
+    config: DataConfig, window: int | None
+) -> None:
+    config = config if window is None else replace(config, shuffle_window=window)
     data = open_data(config)
     expected = np.stack([data.sample(i) for i in range(400)])
 
@@ -55,6 +60,14 @@ def test_mixing_draws_every_sample_of_a_window_once_and_stays_inside_it(config: 
     assert not np.array_equal(plain, mixed)
     for window in (slice(0, 20), slice(20, 40)):
         assert sorted(map(tuple, plain[window].tolist())) == sorted(map(tuple, mixed[window].tolist()))
+
+
+def test_every_window_of_every_source_has_an_order_of_its_own() -> None:
+    def order(seed: int, source: str, window: int) -> tuple[int, ...]:
+        places = SampleOrder(seed=seed, source=source, window=50).places(50 * window, 50)
+        return tuple((places - 50 * window).tolist())
+
+    assert len({order(0, "a", 0), order(0, "a", 1), order(0, "b", 0), order(1, "a", 0)}) == 4
 
 
 def test_a_window_that_was_begun_counts_as_used(config: DataConfig) -> None:

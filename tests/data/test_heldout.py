@@ -29,6 +29,13 @@ def test_sequences_are_the_packed_documents_without_rearrangement(config: DataCo
     assert np.array_equal(longer[:32], np.concatenate([rows[0][:16], rows[1][:16]]))
 
 
+def test_the_last_sequence_does_not_begin_the_documents_again(config: DataConfig) -> None:
+    num_tokens = HeldOut(config, seq_len=16, extra=2)._stream.num_tokens
+    assert HeldOut(config, seq_len=num_tokens - 2, extra=2).num_sequences == 1
+    with pytest.raises(DataError, match=f"holds {num_tokens} tokens, but one sequence needs"):
+        HeldOut(config, seq_len=num_tokens - 1, extra=2)
+
+
 def test_no_validation_is_named(config: DataConfig, tmp_path: Path) -> None:
     for validation, message in [
         (None, "data.validation=null"),

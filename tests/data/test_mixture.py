@@ -37,7 +37,13 @@ def test_every_prefix_is_close_to_the_weights(weights: list[float]) -> None:
 def test_simple_weights_have_a_short_cycle() -> None:
     mixture = Mixture({"a": 3.0, "b": 1.0})
     assert mixture.cycle == 4
-    assert sorted(mixture.sources(0, 4).tolist()) == [0, 0, 0, 1]
+    # due at 1/6, 3/6 and 5/6, and at 1/2: a tie, which goes to the source named first
+    assert mixture.sources(0, 8).tolist() == [0, 0, 1, 0] * 2
+
+
+def test_what_rounding_leaves_goes_to_the_largest_remainder() -> None:
+    mixture = Mixture({"b": 1.0, "a": 2.0})
+    assert mixture.counts(mixture.cycle).tolist() == [21845, 43691]
 
 
 def test_a_tiny_weight_still_appears_and_zero_never() -> None:

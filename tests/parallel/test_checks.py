@@ -143,6 +143,11 @@ def test_only_widths_that_exist_are_divided():
         num_heads=6, vocab_size=66, num_dense_layers=0, dense_intermediate_size=47, num_shared_experts=0
     )
     assert found(3, model=model, batches=(3,), seq_len=66, tp=3) == []
+    only_mtp_has_experts = replace(model, num_dense_layers=model.num_layers, num_mtp_layers=1)
+    only_mtp_has_experts.dense_intermediate_size = 48
+    only_mtp_has_experts.moe = replace(model.moe, num_shared_experts=1, intermediate_size=16)
+    (line,) = found(3, model=only_mtp_has_experts, batches=(3,), seq_len=66, tp=3)
+    assert "tp=3 must divide model.moe.num_shared_experts*intermediate_size=16" in line
 
 
 SEQUENCES = [
@@ -177,6 +182,7 @@ def test_every_stage_but_the_ends_needs_a_layer():
     )
     (line,) = found(4, model=model, pp=4, schedule=Schedule("zbv"))
     assert line.endswith("use 3")
+    assert found(6, model=model, pp=6) == found(3, model=model, pp=3, schedule=Schedule("zbv")) == []
 
 
 @pytest.mark.parametrize("by_hand", [[30, 31, 0], [30, 0, 31, 0], [30, 30], [61]])
@@ -209,6 +215,13 @@ def test_batches_are_whole_microbatches_on_every_rank(world_size, layout, batche
 def test_many_bad_batches_are_said_in_one_line():
     (line,) = found(8, batches=tuple(range(1, 65)))
     assert "multiples of 8, not 1, 2, 3, …; use" in line
+    (line,) = found(8, batches=(1, 2, 3))
+    assert "multiples of 8, not 1, 2, 3; use" in line
+
+
+def test_a_batch_that_is_cut_into_no_whole_microbatches_is_not_asked_about_twice():
+    (line,) = found(2, pp=2, microbatch_size=2, batches=(1,))
+    assert line.startswith("parallel.microbatch_size=2 on dp=1 ranks needs batches")
 
 
 def test_the_schedule_is_asked_about_every_batch_size_and_answers_once():

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from parallel.groups import Group, Trace
+from parallel.groups import CollectiveCall, Group, Trace
 from tests.distributed import run_ranks
 
 WORLD = 3
@@ -17,8 +17,8 @@ def rows_of(rank: int, count: int = 3) -> torch.Tensor:
 def every_operation(rank: int) -> dict[str, torch.Tensor]:
     trace = Trace()
     group = Group("world", range(WORLD), rank=rank, trace=trace)
-    heard: list[str] = []
-    trace.listeners.append(lambda call: heard.append(f"{call.operation} {call.group} {call.num_bytes}"))
+    calls: list[CollectiveCall] = []
+    trace.listeners.append(calls.append)
     x = rows_of(rank)
     flat = torch.zeros(WORLD, 2)
     flat[rank] = rank + 1
@@ -40,6 +40,8 @@ def every_operation(rank: int) -> dict[str, torch.Tensor]:
     }
     group.barrier()
     assert trace.under_way == []
+    assert all(call.ended is not None and call.ended >= call.started for call in calls)
+    heard = [f"{call.operation} {call.group} {call.num_bytes}" for call in calls]
     assert heard[0] == "send world 24"
     assert "all_to_all world 24" in heard
     return results

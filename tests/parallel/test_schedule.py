@@ -143,6 +143,13 @@ def test_loads_count_every_choice_of_every_token(whole: Run) -> None:
     assert any(bias.any() for bias in whole.biases())
 
 
+def test_loads_are_found_by_the_layers_name(whole: Run) -> None:
+    """A pipeline rank asks for its own layers, which are neither the first ones nor in a row."""
+    layers, load_LE = whole.output.layers, whole.output.load_LE
+    assert not torch.equal(load_LE[0], load_LE[2])
+    assert torch.equal(whole.output.loads_of([layers[2], layers[0]]), load_LE[[2, 0]])
+
+
 def test_gradients_and_losses_equal_plain_autograd(whole: Run) -> None:
     """The objective written out on whole logits, with means instead of sums over global counts."""
     model = Transformer(CONFIG)

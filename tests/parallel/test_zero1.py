@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model.init import Share
+from parallel import zero1
 from parallel.bucket import Bucket, ParameterRule
+from parallel.layout import Layout
+from parallel.mesh import build_mesh
+from parallel.pieces import Pieces
 from parallel.zero1 import Zero1
+from tests.distributed import run_ranks
 
 RULE = ParameterRule(decay=True, lr_multiplier=1.0)
 
@@ -178,3 +184,60 @@ def test_named_views_needs_one_tensor_per_bucket() -> None:
     _, engine = built(torch.float32)
     with pytest.raises(ValueError, match="zip"):
         engine.named_views([engine.buckets[0].flat])
+
+
+def test_a_full_bucket_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a bucket holds is in flight at once, so a large model needs many of them."""
+    monkeypatch.setattr(zero1, "BUCKET_ELEMENTS", 100)
+    parameters = [(str(i), nn.Parameter(torch.full((50,), float(i)))) for i in range(5)]
+    engine = Zero1(parameters, rule=lambda name, p: RULE)
+    assert [bucket.names for bucket in engine.buckets] == [["0", "1"], ["2", "3"], ["4"]]
+    assert [parameter[0].item() for _, parameter in parameters] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_checkpoint_knows_which_piece_of_the_whole_is_held_here(dim: int) -> None:
+    whole, found = torch.arange(48.0).view(6, 8), torch.zeros(6, 8)
+    for index in range(2):
+        share = Share(dim, index, 2)
+        parameter = nn.Parameter(share.of(whole).clone())
+        engine = Zero1([("w", parameter)], rule=lambda name, p: RULE, share=lambda name, s=share: s)
+        held = engine.stored(engine.masters(), name="{}")["w"]
+        assert isinstance(held, Pieces)
+        assert held.shape == whole.shape
+        for piece in held.pieces:
+            box = zip(piece.offsets, piece.tensor.shape, strict=True)
+            found[tuple(slice(start, start + size) for start, size in box)] += piece.tensor
+    assert torch.equal(found, whole)
+
+
+def two_steps_by_stage(rank: int) -> None:
+    """Parameters of two stages, and one that both have a share in."""
+    mesh = build_mesh(Layout(dp_shard=2), rank=rank)
+    calls: list[str] = []
+    mesh.trace.listeners.append(lambda call: calls.append(f"{call.operation} {call.num_bytes}"))
+    parameters = {name: nn.Parameter(torch.ones(128 * (i + 1))) for i, name in enumerate("abc")}
+    engine = Zero1(
+        parameters.items(),
+        rule=lambda name, p: RULE,
+        reduction=lambda name: mesh.dense,
+        stage={"a": 0, "b": 1, "c": None}.__getitem__,
+        world=mesh.world,
+    )
+    sums = {"a": 512, "b": 1024, "c": 1536}
+    for step in (1, 2):
+        calls.clear()
+        for parameter in parameters.values():
+            (step * (rank + 1) * parameter).sum().backward()
+        engine.start_reduce(1)
+        assert calls == [f"reduce_scatter {sums['b']}"]
+        engine.start_reduce(0)
+        assert calls[1:] == [f"reduce_scatter {sums['a']}"]
+        engine.finish_reduce()
+        assert [call for call in calls if "scatter" in call][2:] == [f"reduce_scatter {sums['c']}"]
+        assert all(bucket.own_grad.eq(3 * step).all() for bucket in engine.buckets)
+        engine.zero_grad()
+
+
+def test_a_stages_gradients_are_summed_as_soon_as_it_is_done() -> None:
+    run_ranks(2, two_steps_by_stage)

@@ -89,6 +89,7 @@ def test_warmup_stable_decay() -> None:
         pieces=[LrPiece(until_fraction=0.8), LrPiece(curve=Curve.linear, to=0.0)],
     )
     assert piece_ends(config, num_tokens=1000) == [800, 1000]
+    assert piece_ends(LrConfig(peak=1.0, pieces=[LrPiece(until_fraction=0.29)]), num_tokens=100) == [29]
     rates = [lr_at(config, step=100, tokens=t, num_tokens=1000) for t in (0, 799, 800, 900, 950, 1000)]
     assert rates == pytest.approx([3e-4, 3e-4, 3e-4, 1.5e-4, 0.75e-4, 0.0], rel=1e-12)
 
@@ -152,6 +153,10 @@ def test_v3_batch_ramp() -> None:
     assert batch_size_at(V3_BATCH, 469_000_000_000 - 1) == 15360 - 64
     assert batch_size_at(V3_BATCH, 469_000_000_000) == 15360
     assert batch_size_at(V3_BATCH, V3_TOKENS) == 15360
+
+
+def test_without_a_ramp_the_batch_is_the_final_one_from_the_first_token() -> None:
+    assert [batch_size_at(BatchConfig(start=8, end=8), tokens) for tokens in (0, 1, 10**12)] == [8, 8, 8]
 
 
 @st.composite

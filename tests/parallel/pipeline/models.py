@@ -131,8 +131,8 @@ class RankSchedule:
         )
         return objective(output, labels_BKS, **scales)  # type: ignore[arg-type]
 
-    def step(self, batch: Batch) -> LocalSums:
-        return self.schedule.step(batch, mtp_weight=MTP_WEIGHT)
+    def step(self, batch: Batch, *, loss_scale: float = 1.0) -> LocalSums:
+        return self.schedule.step(batch, mtp_weight=MTP_WEIGHT, loss_scale=loss_scale)
 
 
 def one_process(config: ModelConfig, batch: Batch, microbatch_size: int) -> tuple[Transformer, StepOutput]:

@@ -32,12 +32,20 @@ Case = tuple[str, int, Recompute, bool]
 """Schedule, sequences of the batch, recompute mode, overlap."""
 
 
-def run_cases(rank: int, config: ModelConfig, layout: Layout, cases: list[Case], chunks: int) -> list[object]:
+def run_cases(
+    rank: int, config: ModelConfig, layout: Layout, cases: list[Case], chunks: int, microbatch_size: int
+) -> list[object]:
     mesh = build_mesh(layout, rank=rank)
     results = []
     for name, sequences, recompute, overlap in cases:
         runner = RankSchedule(
-            config, mesh, Schedule(name), chunks=chunks, recompute=recompute, overlap=overlap
+            config,
+            mesh,
+            Schedule(name),
+            chunks=chunks,
+            microbatch_size=microbatch_size,
+            recompute=recompute,
+            overlap=overlap,
         )
         share = sequences // layout.dp
         sums = runner.step(batch_of(sequences)[mesh.dp_rank * share :][:share])
@@ -56,9 +64,11 @@ def add_up(per_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return total
 
 
-def check(config: ModelConfig, layout: Layout, cases: list[Case], *, chunks: int = 2) -> None:
+def check(
+    config: ModelConfig, layout: Layout, cases: list[Case], *, chunks: int = 2, microbatch_size: int = 1
+) -> None:
     """Run all cases in one set of processes and compare each with one process."""
-    per_rank = run_ranks(layout.world_size, run_cases, config, layout, cases, chunks)
+    per_rank = run_ranks(layout.world_size, run_cases, config, layout, cases, chunks, microbatch_size)
     for case, of_ranks in zip(cases, zip(*per_rank, strict=True), strict=True):
         model, expected = one_process(config, batch_of(case[1]), 1)
         ours = add_up([gradients for gradients, *_ in of_ranks])
@@ -84,6 +94,12 @@ def test_two_ranks() -> None:
 def test_three_stages_per_rank() -> None:
     cases = [(name, 4, PLAIN, False) for name in ("interleaved", "interleaved_zb")]
     check(config_of(6), Layout(pp=2), cases, chunks=3)
+
+
+def test_the_last_microbatch_may_be_smaller_on_its_way_between_ranks() -> None:
+    check(
+        config_of(4), Layout(pp=2), [(name, 5, PLAIN, False) for name in ("1f1b", "zbv")], microbatch_size=2
+    )
 
 
 def test_four_ranks() -> None:
@@ -118,6 +134,17 @@ def test_steps_add_up_and_microbatches_may_differ_in_size() -> None:
     model, _ = one_process(config, batch, 5)
     twice = {name: 2 * gradient for name, gradient in gradients([model]).items()}
     assert max(differences(gradients(runner.chunks.values()), twice).values()) < TOLERANCE
+
+
+def test_loss_scale_scales_every_gradient_and_no_loss() -> None:
+    """The balance loss enters in every stage, the cross-entropy in the last: both have to be scaled."""
+    config, batch, scale = config_of(4), batch_of(4), 1024.0
+    runner = RankSchedule(config, single_process(), Schedule.zbv)
+    sums = runner.step(batch, loss_scale=scale)
+    model, expected = one_process(config, batch, 4)
+    scaled = {name: scale * gradient for name, gradient in gradients([model]).items()}
+    assert max(differences(gradients(runner.chunks.values()), scaled).values()) < TOLERANCE
+    torch.testing.assert_close(sums.loss_sums_K.float(), expected.loss_sums_K, rtol=1e-6, atol=0)
 
 
 def test_without_mtp_tokens_its_depths_stay_out() -> None:
