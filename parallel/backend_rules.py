@@ -2,22 +2,30 @@
 
 from collections.abc import Iterator
 
-from model.config import Fp8Scales, Gemm, ModelConfig, PrecisionConfig
+from model.config import Gemm, ModelConfig, PrecisionConfig
 from parallel.config import Engine, ParallelConfig
 
-WIDTH_MULTIPLES = {Fp8Scales.deepseek: 16, Fp8Scales.power_of_two: 32}
-"""Transformer Engine's FP8 products take widths that are multiples of 16; on Blackwell, which has no other
-scales than powers of two, of the 32 values that share one."""
+WIDTH_MULTIPLE = 16
+"""Transformer Engine's FP8 products take widths that are multiples of this,"""
+BLACKWELL_MULTIPLE = 32
+"""and on Blackwell of the number of values that share a scale there."""
 
 
 def backend_problems(
-    precision: PrecisionConfig, layout: ParallelConfig, model: ModelConfig, *, path: str
+    precision: PrecisionConfig,
+    layout: ParallelConfig,
+    model: ModelConfig,
+    *,
+    path: str,
+    multiple: int = WIDTH_MULTIPLE,
 ) -> list[str]:
-    """Return what `precision.gemm` asks of a model, and of a layout, whose place is `path`."""
+    """Return what `precision.gemm` asks of a model, and of a layout, whose place is `path`.
+
+    multiple: of which widths must be, on the GPUs that are known to run it.
+    """
     if precision.gemm is not Gemm.fp8_te:
         return []
     found: list[str] = []
-    multiple = WIDTH_MULTIPLES[precision.fp8_scales]
     if layout.engine is not Engine.zero1:
         found.append(
             f"{path}.engine={layout.engine} cannot be had with precision.gemm=fp8_te, which adds to "
@@ -25,8 +33,7 @@ def backend_problems(
         )
     return found + [
         f"{name}={width} over {path}.tp={shares} leaves {width / shares:g} columns, which is no multiple of "
-        f"{multiple}, as precision.gemm=fp8_te needs with fp8_scales={precision.fp8_scales}; change one of "
-        "them, or use another precision"
+        f"{multiple}, as precision.gemm=fp8_te needs; change one of them, or use another precision"
         for name, width, shares in _widths(model, layout)
         if width % (multiple * shares)
     ]

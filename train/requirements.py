@@ -9,6 +9,7 @@ before anything starts. What they need of the configuration is in parallel/backe
 from collections.abc import Iterator
 
 from model.config import Fp8Scales, Gemm, PrecisionConfig
+from parallel.backend_rules import BLACKWELL_MULTIPLE, WIDTH_MULTIPLE
 from train.config import AdamKernel, OptimizerConfig
 from train.machine import Machine, numbers
 
@@ -42,6 +43,12 @@ def kernel_problems(optimizer: OptimizerConfig, machine: Machine) -> list[str]:
     missing += _transformer_engine(machine)
     instead = "use optimizer.kernel=torch, which computes the same"
     return [f"optimizer.kernel={optimizer.kernel} needs {line}; {instead}" for line in missing]
+
+
+def width_multiple(machine: Machine | None) -> int:
+    """Return of what widths must be multiples under fp8_te; of Hopper's where the machine is not known."""
+    newer = machine is not None and machine.capability is not None and machine.capability >= BLACKWELL
+    return BLACKWELL_MULTIPLE if newer else WIDTH_MULTIPLE
 
 
 def _triton(machine: Machine) -> Iterator[str]:

@@ -10,7 +10,7 @@ from parallel.config import ParallelConfig
 from train.config import BatchConfig, RunConfig, StageConfig
 from train.errors import RunError
 from train.machine import Machine
-from train.requirements import kernel_problems, machine_problems
+from train.requirements import kernel_problems, machine_problems, width_multiple
 from train.stages import source_weights
 
 
@@ -19,7 +19,7 @@ def check(config: RunConfig, *, world_size: int = 1, machine: Machine | None = N
 
     world_size: the number of processes that are to run it; machine: where they run, if it is known.
     """
-    found = problems(config, world_size=world_size)
+    found = problems(config, world_size=world_size, machine=machine)
     if machine is not None:
         found += machine_problems(config.precision, machine) + kernel_problems(config.optimizer, machine)
     if found:
@@ -29,12 +29,15 @@ def check(config: RunConfig, *, world_size: int = 1, machine: Machine | None = N
         )
 
 
-def problems(config: RunConfig, *, world_size: int = 1) -> list[str]:
-    """Return every broken rule: each section's own, those between sections, those of the layouts."""
+def problems(config: RunConfig, *, world_size: int = 1, machine: Machine | None = None) -> list[str]:
+    """Return every broken rule: each section's own, those between sections, those of the layouts.
+
+    machine: see `check`; what it lacks is not looked for here.
+    """
     found = [
         *_section_problems(config, ""),
         *_run_problems(config),
-        *_layout_problems(config, world_size=world_size),
+        *_layout_problems(config, world_size=world_size, multiple=width_multiple(machine)),
     ]
     return list(dict.fromkeys(found))
 
@@ -111,7 +114,7 @@ def _stage_problems(config: RunConfig, stage: StageConfig) -> Iterator[str]:
     yield from _lr_problems(stage)
 
 
-def _layout_problems(config: RunConfig, *, world_size: int) -> Iterator[str]:
+def _layout_problems(config: RunConfig, *, world_size: int, multiple: int) -> Iterator[str]:
     """Yield what each stage's layout breaks; once, at the run's own path, what it breaks in every stage."""
 
     def broken(layout: ParallelConfig, stage: StageConfig) -> list[str]:
@@ -123,7 +126,8 @@ def _layout_problems(config: RunConfig, *, world_size: int) -> Iterator[str]:
             seq_len=stage.seq_len,
             path="parallel",
         )
-        return found + backend_problems(config.precision, layout, config.model, path="parallel")
+        own = backend_problems(config.precision, layout, config.model, path="parallel", multiple=multiple)
+        return found + own
 
     by_stage = {
         name: broken(stage.parallel or config.parallel, stage) for name, stage in config.stages.items()

@@ -1,11 +1,9 @@
 """What the FP8 backends ask of a model and a layout is said with the remedy, and plans keep to it."""
 
-from dataclasses import replace
-
 import pytest
 
-from model.config import AttentionConfig, Fp8Scales, Gemm, ModelConfig, MoEConfig, PrecisionConfig
-from parallel.backend_rules import backend_problems
+from model.config import AttentionConfig, Gemm, ModelConfig, MoEConfig, PrecisionConfig
+from parallel.backend_rules import BLACKWELL_MULTIPLE, backend_problems
 from parallel.candidates import candidates
 from parallel.config import Engine, ParallelConfig
 from tests.parallel.planned import task
@@ -61,14 +59,13 @@ def test_widths_are_those_of_the_matrices_there_are(model: ModelConfig, tp: int,
 
 
 def test_blackwell_takes_fewer_widths() -> None:
-    """Only powers of two are scales there; the setting is checked where the GPU is not known."""
     model = ModelConfig(moe=MoEConfig(intermediate_size=48))
     assert backend_problems(TE, ParallelConfig(), model, path="parallel") == []
-    for_both = replace(TE, fp8_scales=Fp8Scales.power_of_two)
-    found = backend_problems(for_both, ParallelConfig(), model, path="parallel")
-    assert "no multiple of 32, as precision.gemm=fp8_te needs with fp8_scales=power_of_two" in found[0]
+    found = backend_problems(TE, ParallelConfig(), model, path="parallel", multiple=BLACKWELL_MULTIPLE)
+    assert "no multiple of 32, as precision.gemm=fp8_te needs" in found[0]
     assert len(found) == 2
-    assert backend_problems(for_both, ParallelConfig(tp=8), ModelConfig(), path="parallel") == []
+    tp = ParallelConfig(tp=8)
+    assert backend_problems(TE, tp, ModelConfig(), path="parallel", multiple=BLACKWELL_MULTIPLE) == []
 
 
 def test_plans_keep_to_widths_that_transformer_engine_takes() -> None:

@@ -101,6 +101,16 @@ def test_a_configuration_is_checked_without_the_machine() -> None:
         assert problems(compose_run("recipe=deepseek_v3", f"precision={precision}"), world_size=2048) == []
 
 
+def test_widths_are_those_that_the_gpu_takes() -> None:
+    """The keys and values of the smoke model have 48 latent columns: enough for Hopper, not for Blackwell."""
+    config = compose_run("recipe=smoke", "precision=fp8_te")
+    check(config, machine=HOPPER)
+    with pytest.raises(
+        RunError, match=r"qk_rope_head_dim=48 .* no multiple of 32, as precision\.gemm=fp8_te"
+    ):
+        check(config, machine=replace(HOPPER, capability=(10, 0), cuda=(13, 0)))
+
+
 def test_a_machine_is_looked_at_for_the_backend_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_machine(Gemm.compute, device="auto") == NOTHING
     for found in (
