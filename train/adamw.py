@@ -33,6 +33,7 @@ class FlatState(NamedTuple):
 class _Step(NamedTuple):
     config: OptimizerConfig
     num_updates: int
+    count: Tensor  # the same on the device, made once: to make one waits for the device
     lr: float
     weight_decay: float
 
@@ -50,7 +51,8 @@ def update_flat(
         decay: whether weight decay applies to them.
     """
     update = {AdamKernel.torch: _torch, AdamKernel.transformer_engine: _transformer_engine}[config.kernel]
-    step = _Step(config, num_updates, lr, config.weight_decay if decay else 0.0)
+    count = torch.tensor(float(num_updates), device=flats.weights.device)
+    step = _Step(config, num_updates, count, lr, config.weight_decay if decay else 0.0)
     size = CPU_CHUNK if flats.weights.device.type == "cpu" else _ACCELERATOR_CHUNK
     for start in range(0, flats.weights.numel(), size):
         chunk = slice(start, start + size)
@@ -67,7 +69,7 @@ def _torch(flats: FlatState, step: _Step) -> None:
         [wide_avg],
         [wide_avg_sq],
         [],
-        [torch.tensor(float(step.num_updates), device=flats.weights.device)],
+        [step.count],
         lr=step.lr,
         beta1=step.config.beta1,
         beta2=step.config.beta2,

@@ -20,8 +20,6 @@ def check(config: RunConfig, *, world_size: int = 1, machine: Machine | None = N
     world_size: the number of processes that are to run it; machine: where they run, if it is known.
     """
     found = problems(config, world_size=world_size, machine=machine)
-    if machine is not None:
-        found += machine_problems(config.precision, machine) + kernel_problems(config.optimizer, machine)
     if found:
         noun = "problem" if len(found) == 1 else "problems"
         raise RunError(
@@ -30,15 +28,14 @@ def check(config: RunConfig, *, world_size: int = 1, machine: Machine | None = N
 
 
 def problems(config: RunConfig, *, world_size: int = 1, machine: Machine | None = None) -> list[str]:
-    """Return every broken rule: each section's own, those between sections, those of the layouts.
-
-    machine: see `check`; what it lacks is not looked for here.
-    """
+    """Return every broken rule: of each section, between sections, of the layouts, of the machine."""
     found = [
         *_section_problems(config, ""),
         *_run_problems(config),
         *_layout_problems(config, world_size=world_size, multiple=width_multiple(machine)),
     ]
+    if machine is not None:
+        found += machine_problems(config.precision, machine) + kernel_problems(config.optimizer, machine)
     return list(dict.fromkeys(found))
 
 

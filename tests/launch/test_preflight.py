@@ -134,3 +134,11 @@ def test_a_folder_that_cannot_be_made_is_one_problem_among_all(tmp_path: Path) -
     assert "Not a directory" in problem
     assert "use another root=" in problem
     assert [outcome.status for outcome in found.values()].count("failed") == 1
+
+
+def test_a_backend_that_this_machine_cannot_run_is_a_problem_of_the_layout(tmp_path: Path) -> None:
+    more = ["precision=fp8_triton", "optimizer.kernel=transformer_engine", "device=cpu"]
+    found = outcomes_of(site_of(0, 1, ["recipe=smoke", f"root={tmp_path}/runs", *more]))
+    asked = [line.split(" needs ")[0] for line in found["layout"].problems]
+    assert set(asked) == {"precision.gemm=fp8_triton", "optimizer.kernel=transformer_engine"}
+    assert all("; use " in line for line in found["layout"].problems)

@@ -13,10 +13,9 @@ from model.fp8 import Fp8Policy
 from model.kernels.fp8 import COLUMN_TILE, ROW_TILE, SQUARE, BlockShape
 from model.kernels.fp8_experts import ExpertScales
 from model.transformer import Transformer
-from tests.model.oracle import randomize
 from tests.model.small import small
+from tests.model.trainable import trainable
 
-S = 16
 SIZES: dict[str, object] = {
     "hidden_size": 160,  # more than one tile, and a part of one
     "dense_intermediate_size": 144,
@@ -26,24 +25,8 @@ SIZES: dict[str, object] = {
 
 
 def make(compute: Compute, recompute: Recompute = Recompute.none, **changes: object) -> Transformer:
-    """Return a model whose gradients exist, in FP32, as those of the flat buffers do."""
-    model = Transformer(small(**SIZES | changes), recompute=recompute, compute=compute)
-    randomize(model, seed=0)
-    for parameter in model.parameters():
-        parameter.grad_dtype = torch.float32
-        parameter.grad = torch.zeros(parameter.shape)
-    return model
-
-
-def loss_of(model: Transformer, microbatch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(microbatch)
-    tokens_BKS = torch.randint(64, (2, 1 + len(model.mtp), S), generator=generator)
-    output = model(tokens_BKS, torch.arange(S).expand(2, -1), balance_scale=0.5)
-    weighted = [
-        hidden_BSD.float() * torch.randn(hidden_BSD.shape, generator=generator)
-        for hidden_BSD in output.hidden_KBSD
-    ]
-    return torch.stack(weighted).sum()
+    """Return a model with matrices of more than one block, whose gradients exist."""
+    return trainable(small(**SIZES | changes), compute, recompute)
 
 
 def policy(scales: Fp8Scales, kernels: Fp8Kernels = REFERENCE) -> Fp8Policy:

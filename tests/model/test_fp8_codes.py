@@ -12,7 +12,8 @@ from model.fp8_watch import Fp8Watch
 from model.kernels.fp8 import SQUARE, BlockShape, Quantized
 from tests.model.kernels.compare import relative_error
 from tests.model.live_bytes import LiveBytes
-from tests.model.plain_fp8 import loss_of, make, normal, plain_linear, policy
+from tests.model.plain_fp8 import make, normal, plain_linear, policy
+from tests.model.trainable import loss_of
 
 
 class Counting(ReferenceKernels):

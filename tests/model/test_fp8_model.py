@@ -16,8 +16,9 @@ from model.kernels.grouped_gemm import expert_ffn
 from model.linear import Linear
 from model.transformer import Transformer
 from model.weight_gradients import WeightGradients, install
-from tests.model.plain_fp8 import loss_of, make, plain_experts, plain_gated, plain_linear, policy, scales_of
+from tests.model.plain_fp8 import make, plain_experts, plain_gated, plain_linear, policy, scales_of
 from tests.model.small import relative
+from tests.model.trainable import loss_of
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

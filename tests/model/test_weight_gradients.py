@@ -19,33 +19,15 @@ from model.recompute import region, saving
 from model.transformer import Transformer
 from model.weight_gradients import WeightGradients, install
 from tests.model.live_bytes import LiveBytes
-from tests.model.oracle import randomize
 from tests.model.small import small
+from tests.model.trainable import loss_of, trainable
 
-S = 16
 IMMEDIATE = ("norm", "gate", "embed")
 """Parts of the names of weights that are no matrix products of the model's compute type."""
 
 
 def make(recompute: Recompute, compute: Compute) -> Transformer:
-    """Return a model whose gradients exist, in FP32, as those of the flat buffers do."""
-    model = Transformer(small(num_mtp_layers=1), recompute=recompute, compute=compute)
-    randomize(model, seed=0)
-    for parameter in model.parameters():
-        parameter.grad_dtype = torch.float32
-        parameter.grad = torch.zeros(parameter.shape)
-    return model
-
-
-def loss_of(model: Transformer, microbatch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(microbatch)
-    tokens_BKS = torch.randint(64, (2, 2, S), generator=generator)
-    output = model(tokens_BKS, torch.arange(S).expand(2, -1), balance_scale=0.5)
-    weighted = [
-        hidden_BSD.float() * torch.randn(hidden_BSD.shape, generator=generator)
-        for hidden_BSD in output.hidden_KBSD
-    ]
-    return torch.stack(weighted).sum()
+    return trainable(small(num_mtp_layers=1), compute, recompute)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
